@@ -1,0 +1,684 @@
+"""
+Data: from files people have to the batches the three stages train on.
+
+Everything becomes one record first, then token ids, then a batch:
+
+    Preference(prompt, chosen, rejected)      text: what was asked, the better answer, the worse one (or None)
+    encode_answer -> prompt ids, answer ids   through the tokenizer's chat template; the answer ends with EOS
+    collate_*     -> a dict of tensors        padded to the longest row of the batch, never to --max_seq_len
+
+Which tokens are trained on is known by construction (the answer starts where the prompt ends) and never searched for.
+
+Sources (`--data_path`, one or more): `toy` (the built-in task, last section), a local .json, .jsonl, .csv or .parquet file
+(.gz too), a folder with train and test files, or a dataset's hub name. Its columns decide how a row is read (`FORMS`); to add a
+form, write one small function and put it in that list. `--data_split 2,4,4` deals each source's rows to the three
+stages as DeepSpeed-Chat does, so no stage trains on another's rows; one prompt in ten is held out from all three.
+
+    python data.py --data_path toy                      # one example a stage, the trained tokens marked
+    python data.py --data_path my.jsonl --model_name_or_path facebook/opt-1.3b
+"""
+
+import csv
+import functools
+import gzip
+import io
+import itertools
+import json
+import math
+import os
+import random
+import re
+import tempfile
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from tqdm import tqdm
+from transformers import AutoTokenizer, LlamaTokenizer
+
+
+class DataError(ValueError):
+    """The user's data cannot be used as it is; the message says what came, what is accepted and the way out."""
+
+
+@dataclass
+class DataConfig:
+    data_path: list[str] = field(default_factory=lambda: ["toy"], metadata={"help": "sources: toy, files, folders, hub names"})
+    data_split: str = field(default="2,4,4", metadata={"help": "shares of the rows for SFT, reward model and PPO"})
+    data_weights: list[float] = field(default_factory=list, metadata={"help": "copies of each source in the blend; 0.5 is every other row, default 1"})
+    max_eval_samples: int = field(default=512, metadata={"help": "held-out rows used for evaluation, at most"})
+    max_seq_len: int = field(default=512, metadata={"help": "tokens of prompt and answer together; longer answers are cut"})
+    max_prompt_seq_len: int = field(default=256, metadata={"help": "tokens of a prompt at generation; longer prompts are dropped"})
+    max_answer_seq_len: int = field(default=256, metadata={"help": "tokens of an answer at generation"})
+    chat_template: str = field(default="", metadata={"help": "Jinja text or file; default: the tokenizer's own, else Human/Assistant"})
+    seed: int = field(default=1234, metadata={"help": "of the split, the order, the initial weights and the sampling"})
+
+
+@dataclass
+class Preference:
+    prompt: list[dict]       # [{"role": "user", "content": "What is the opposite of hot?"}, ...], the last one the user's
+    chosen: str              # the better answer; the demonstration in SFT
+    rejected: str | None     # the worse answer; None where the source has demonstrations only
+
+
+# -----------------------------------------------------------------------------
+# rows -> records: one small function a form, recognised by its columns
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def parse_dialogue(text):
+    """'\\n\\nHuman: hi\\n\\nAssistant: hello\\n\\nHuman: ...' -> messages. Text without markers is one user message."""
+    if HUMAN not in "\n\n" + text.lstrip():
+        return [{"role": "user", "content": text.strip()}]
+    messages = []
+    for turn in ("\n\n" + text.lstrip()).split(HUMAN)[1:]:
+        question, *answers = turn.split(ASSISTANT)
+        messages.append({"role": "user", "content": question.strip()})
+        messages += [{"role": "assistant", "content": answer.strip()} for answer in answers]
+    return messages
+
+
+def as_prompt(value):
+    """A prompt column, text or messages -> messages that end with the user's; an open '\\n\\nAssistant:' is dropped."""
+    messages = list(value) if isinstance(value, (list, tuple)) else parse_dialogue(value)
+    if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
+        messages = messages[:-1]
+    return messages
+
+
+def as_answer(value):
+    """An answer column, text or a one-message list -> text."""
+    return (value[-1]["content"] if isinstance(value, (list, tuple)) else value).strip()
+
+
+def from_pair(row):
+    return Preference(as_prompt(row["prompt"]), as_answer(row["chosen"]), as_answer(row["rejected"]))
+
+
+def from_dialogues(row):
+    """HH-RLHF: two whole dialogues that share their beginning; the prompt is what they share up to the last answers."""
+    chosen, rejected = (as_prompt(row[key]) for key in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1] or not chosen or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        return None
+    return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+
+
+def from_instruction(row):
+    """Alpaca: instruction and optional input, with an output or with a chosen and a rejected one."""
+    prompt = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
+    chosen = row["chosen"] if row.get("chosen") is not None else row["output"]
+    rejected = row["rejected"].strip() if row.get("rejected") is not None else None
+    return Preference(as_prompt(prompt), chosen.strip(), rejected)
+
+
+def from_messages(row):
+    if not row["messages"] or row["messages"][-1]["role"] != "assistant":
+        return None
+    return Preference(list(row["messages"][:-1]), row["messages"][-1]["content"], None)
+
+
+def from_webgpt(row):
+    """openai/webgpt_comparisons: two scored answers; ties teach nothing."""
+    first, second = row["score_0"], row["score_1"]
+    if first == second:
+        return None
+    answers = (row["answer_0"], row["answer_1"]) if first > second else (row["answer_1"], row["answer_0"])
+    return Preference(as_prompt(row["question"]["full_text"]), *(answer.strip() for answer in answers))
+
+
+def from_shp(row):
+    """stanfordnlp/SHP: labels is 1 where answer A was preferred."""
+    answers = (row["human_ref_A"], row["human_ref_B"])
+    return Preference(as_prompt(row["history"]), *(a.strip() for a in (answers if row["labels"] == 1 else answers[::-1])))
+
+
+def from_columns(prompt, answer):
+    return lambda row: Preference(as_prompt(row[prompt]), as_answer(row[answer]), None)
+
+
+FORMS = [  # the first form whose columns are all there reads the row
+    (("prompt", "chosen", "rejected"), from_pair),
+    (("instruction", "chosen", "rejected"), from_instruction),
+    (("chosen", "rejected"), from_dialogues),
+    (("question", "answer_0", "answer_1", "score_0", "score_1"), from_webgpt),
+    (("history", "human_ref_A", "human_ref_B", "labels"), from_shp),
+    (("instruction", "output"), from_instruction),
+    (("messages",), from_messages),
+    (("prompt", "response"), from_columns("prompt", "response")),
+    (("prompt", "completion"), from_columns("prompt", "completion")),
+    (("question", "answer"), from_columns("question", "answer")),
+    (("prompt",), lambda row: Preference(as_prompt(row["prompt"]), "", None)),  # PPO needs no answers
+]
+
+
+def to_records(rows, source):
+    """Rows (dicts of one source) -> (records, number of rows that hold no usable example)."""
+    columns = set(rows[0])
+    form = next((function for needed, function in FORMS if columns.issuperset(needed)), None)
+    if form is None:
+        accepted = "; ".join(", ".join(needed) for needed, _ in FORMS)
+        raise DataError(f"{source} has the columns {', '.join(sorted(columns))}. One of these sets is needed: {accepted}. "
+                        "Rename its columns, or add a form to FORMS in data.py.")
+    records = []
+    for number, row in enumerate(rows, 1):
+        try:
+            record = form(row)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{source}, row {number}: {type(error).__name__}: {error}; its columns do not hold text "
+                            f"or messages: {str(row)[:200]}") from error
+        if record and record.prompt and record.prompt[-1]["role"] == "user" and record.chosen != record.rejected:
+            records.append(record)
+    return records, len(rows) - len(records)
+
+
+# -----------------------------------------------------------------------------
+# sources -> rows
+
+def read_file(path):
+    """A local file -> list of rows. JSON errors name the line."""
+    suffix = Path(path.removesuffix(".gz")).suffix
+    if suffix == ".parquet":
+        from datasets import Dataset as HFDataset
+        return HFDataset.from_parquet(path).to_list()
+    if suffix not in (".json", ".jsonl", ".csv"):
+        raise DataError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
+    try:
+        text = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8").read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    try:
+        if text.lstrip().startswith("["):
+            rows, offset = json.loads(text), 0
+        else:
+            rows = []
+            for offset, line in enumerate(text.splitlines()):
+                if line.strip():
+                    rows.append(json.loads(line))
+    except json.JSONDecodeError as error:
+        line = error.lineno if text.lstrip().startswith("[") else offset + error.lineno
+        raise DataError(f"{path}, line {line}: not JSON ({error.msg}). A .json or .jsonl file holds one object a line, "
+                        "or one list of objects.") from error
+    if rows and not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path}: every row must be a JSON object, {type(rows[0]).__name__} came.")
+    return rows
+
+
+def read_source(source):
+    """--data_path entry -> (training rows, held-out rows or None where the source has no test split)."""
+    if source == "toy":
+        return toy_rows(), None
+    if os.path.isfile(source):
+        return read_file(source), None
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, "dataset_dict.json")):
+        parts = {}
+        for name in ("train", "test"):
+            files = sorted(str(f) for f in Path(source).iterdir() if f.name.startswith((name, "eval", "valid") if name == "test" else name))
+            parts[name] = [row for file in files for row in read_file(file)]
+        if not parts["train"]:
+            raise DataError(f"{source}: a folder needs files whose names start with train (and, optionally, test): "
+                            "train.jsonl, test.jsonl. Or name the files themselves.")
+        return parts["train"], parts["test"] or None
+    if source.startswith((".", "/", "~")) or source.endswith((".json", ".jsonl", ".gz", ".csv", ".parquet")):
+        raise DataError(f"{source} does not exist. --data_path takes toy, a file, a folder or a dataset's hub name.")
+    from datasets import load_dataset, load_from_disk
+    try:
+        dataset = load_from_disk(source) if os.path.isdir(source) else load_dataset(source)
+    except Exception as error:
+        raise DataError(f"{source} is neither a local file or folder nor a dataset that could be fetched from the hub "
+                        f"({type(error).__name__}: {str(error)[:200]}).") from error
+    test = next((dataset[name] for name in ("test", "validation", "eval") if name in dataset), None)
+    return dataset["train"].to_list(), test.to_list() if test is not None else None
+
+
+# -----------------------------------------------------------------------------
+# hold out, split, blend
+
+def hold_out(records, seed, share=0.1):
+    """
+    (training, held-out) records for a source without a test split. Whole prompts are held out, not rows: no prompt of the second list
+    occurs in the first. Which ones depends on the prompt's text and the seed alone, so it is the same on every rank and host.
+    """
+    key = lambda record: json.dumps(record.prompt, ensure_ascii=False, sort_keys=True)
+    order = sorted({key(r) for r in records}, key=lambda k: (zlib.crc32(f"{seed} {k}".encode()), k))
+    held = set(order[:max(1, round(share * len(order)))])
+    return [r for r in records if key(r) not in held], [r for r in records if key(r) in held]
+
+
+def split_indices(n, data_split, stage, seed):
+    """
+    Row numbers that belong to `stage` (1, 2 or 3) out of n, as DeepSpeed-Chat deals them (get_raw_dataset_split_index):
+    shares are normalised, each part is rounded, the first absorbs what rounding leaves; one seeded permutation is cut
+    at the bounds. The parts are disjoint, complete, and depend on n, data_split and seed only.
+    """
+    try:
+        shares = np.array([float(share) for share in data_split.split(",")])
+    except ValueError:
+        shares = np.array([])
+    if shares.size != 3 or (shares < 0).any() or shares.sum() == 0:
+        raise DataError(f"--data_split {data_split}: three numbers like 2,4,4 are needed, one a stage, none negative, not all 0.")
+    bounds = np.concatenate([[0], np.cumsum(np.round(shares / shares.sum() * n).astype(int))])
+    bounds[1:] -= bounds[-1] - n
+    order = np.random.RandomState(seed).permutation(n)
+    return order[bounds[stage - 1]:bounds[stage]]
+
+
+def load_records(config, stage, log=print):
+    """
+    (training, held-out) lists of Preference for a stage: 1 SFT, 2 reward model, 3 PPO. The held-out rows are the same in all stages,
+    which none of them trains on (DeepSpeed-Chat deals those out too, for no reason we could find).
+
+    raises DataError for a source that is missing, malformed, empty or without the columns the stage needs
+    """
+    weights = config.data_weights or [1.0] * len(config.data_path)
+    if len(weights) != len(config.data_path) or min(weights) < 0:
+        raise DataError(f"--data_weights has {len(weights)} entries for {len(config.data_path)} sources; one number >= 0 a source is needed.")
+    train, held = [], []
+    for source, weight in zip(config.data_path, weights):
+        rows, test_rows = read_source(source)
+        if not rows:
+            raise DataError(f"{source} is empty: it holds no rows to train on.")
+        records, unusable = to_records(rows, source)
+        if stage == 2:
+            pairs = [r for r in records if r.rejected is not None]
+            unusable, records = unusable + len(records) - len(pairs), pairs
+        if stage == 1:
+            answered = [r for r in records if r.chosen]
+            unusable, records = unusable + len(records) - len(answered), answered
+        if len({str(r.prompt) for r in records}) < 2:
+            needs = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}[stage]
+            raise DataError(f"{source}: {len(records)} of {len(rows)} rows have {needs}, which this stage needs; "
+                            "two different prompts at least are needed, since one in ten is held out.")
+        if test_rows:
+            test = to_records(test_rows, source)[0]
+        else:
+            records, test = hold_out(records, config.seed)
+        mine = split_indices(len(records), config.data_split, stage, config.seed)
+        copies = int(weight) * list(mine) + list(mine[:round((weight - int(weight)) * len(mine))])
+        train += [records[i] for i in copies]
+        held += [r for r in test if (stage != 2 or r.rejected is not None) and (stage != 1 or r.chosen)]
+        log(f"data: {source}: {len(rows)} rows, {unusable} without a usable example, {len(test)} held out, {len(copies)} for stage {stage}")
+    if not train:
+        raise DataError(f"--data_split {config.data_split} leaves no rows for stage {stage} of {', '.join(config.data_path)}.")
+    order = np.random.RandomState(config.seed)
+    order.shuffle(train)
+    order.shuffle(held)
+    return train, held[:config.max_eval_samples]
+
+
+# -----------------------------------------------------------------------------
+# tokenizer, chat template, encoding
+
+# The form of InstructGPT's descendants (HH-RLHF, DeepSpeed-Chat) as a chat template, so that any server that reads
+# the saved folder formats a conversation as it was trained on.
+CHAT_TEMPLATE = """{{ bos }}{% for message in messages %}{% if message.role == 'assistant' %}{{ '\\n\\nAssistant: ' + message.content + eos_token }}\
+{% else %}{{ '\\n\\nHuman: ' + message.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"""
+
+
+def load_tokenizer(name_or_path, chat_template=""):
+    """
+    The tokenizer of a model folder, hub name or the preset `tiny`, left as it is but for two things:
+    a pad token that is not EOS (so that "the last token that is not padding" is well defined for everybody who loads the model),
+    and a chat template where it has none.
+    """
+    if name_or_path == "tiny":
+        tokenizer = toy_tokenizer()
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{name_or_path}: no tokenizer could be loaded ({str(error).splitlines()[0]}). A model folder needs "
+                            "its tokenizer files (tokenizer.json, or tokenizer.model) beside config.json.") from error
+    if tokenizer.eos_token is None:
+        raise DataError(f"{name_or_path}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json.")
+    if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
+        if tokenizer.unk_token is not None and tokenizer.unk_token != tokenizer.eos_token:
+            tokenizer.pad_token = tokenizer.unk_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    if chat_template:
+        tokenizer.chat_template = Path(chat_template).read_text() if os.path.isfile(chat_template) else chat_template
+    elif tokenizer.chat_template is None:
+        begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # OPT and LLaMA start every text with BOS
+        tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ bos }}", "{{ bos_token }}" if begins else "")
+    return tokenizer
+
+
+def encode_prompt(tokenizer, messages):
+    """messages -> (text, ids) up to and including the words that open the assistant's turn."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text, tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_answer(tokenizer, messages, answer):
+    """
+    -> (prompt ids, answer ids). The answer ends with EOS. The prompt is tokenised as it will be at generation, by itself: its ids
+    are what the model sees before it answers, even where prompt and answer would merge at their seam.
+    """
+    prompt_text, prompt = encode_prompt(tokenizer, messages)
+    full_text = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False).rstrip()
+    if not full_text.startswith(prompt_text):
+        raise DataError("the chat template does not continue its own generation prompt: an answer's text must begin where "
+                        "add_generation_prompt=True ends. Give another with --chat_template.")
+    full = tokenizer(full_text, add_special_tokens=False).input_ids
+    response = full[len(prompt):] if full[:len(prompt)] == prompt else \
+        tokenizer(full_text[len(prompt_text):], add_special_tokens=False).input_ids
+    if not response or response[-1] != tokenizer.eos_token_id:
+        response = response + [tokenizer.eos_token_id]
+    return prompt, response
+
+
+class EncodedDataset(Dataset):
+    """
+    Records encoded once, 4 bytes a token. Items are dicts of int32 arrays:
+
+    stage 1  input_ids, prompt_len                                       prompt + chosen + EOS
+    stage 2  chosen, rejected                                            prompt + answer + EOS each
+    stage 3  input_ids, record                                           the prompt alone
+
+    Answers that do not fit max_seq_len are cut (and lose their EOS: what was cut does not end there); prompts that leave
+    no room for an answer, or exceed max_prompt_seq_len in stage 3, are dropped. Both are counted and said.
+    """
+
+    def __init__(self, records, tokenizer, stage, max_len, log=print):
+        self.items, dropped, cut = [], 0, 0
+        for record in tqdm(records, desc=f"encoding for stage {stage}", disable=len(records) < 20_000, mininterval=2):
+            if stage == 3:
+                sequences = [encode_prompt(tokenizer, record.prompt)[1]]
+                if len(sequences[0]) > max_len:
+                    dropped += 1
+                    continue
+                self.items.append({"input_ids": np.array(sequences[0], np.int32), "record": record})
+                continue
+            answers = [record.chosen] if stage == 1 else [record.chosen, record.rejected]
+            encoded = [encode_answer(tokenizer, record.prompt, answer) for answer in answers]
+            prompt_len = len(encoded[0][0])
+            if prompt_len >= max_len:
+                dropped += 1
+                continue
+            cut += any(len(prompt + response) > max_len for prompt, response in encoded)
+            sequences = [np.array((prompt + response)[:max_len], np.int32) for prompt, response in encoded]
+            self.items.append({"input_ids": sequences[0], "prompt_len": prompt_len} if stage == 1 else
+                              {"chosen": sequences[0], "rejected": sequences[1]})
+        limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
+        log(f"data: {len(self.items)} examples encoded; {dropped} dropped (prompt over {limit} {max_len}), {cut} answers cut to fit")
+        if not self.items:
+            raise DataError(f"all {dropped} prompts are longer than {limit} {max_len} tokens allow; raise it, or shorten the prompts.")
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+def pad(sequences, value, side):
+    """Lists or arrays of ids -> ids (N, T) int64 padded with `value`, mask (N, T) int64, 1 on what is real. T is the longest."""
+    T = max(len(sequence) for sequence in sequences)
+    ids, mask = torch.full((len(sequences), T), value), torch.zeros(len(sequences), T, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        where = slice(0, len(sequence)) if side == "right" else slice(T - len(sequence), T)
+        ids[row, where] = torch.as_tensor(np.asarray(sequence), dtype=torch.int64)
+        mask[row, where] = 1
+    return ids, mask
+
+
+class Collator:
+    """
+    Items of one stage -> a batch, a dict of tensors:
+
+    stage 1  input_ids, attention_mask (B, T) int64, right-padded; loss_mask (B, T) float32, 1 on trained tokens
+    stage 2  input_ids, attention_mask (2B, T) int64, right-padded: B chosen, then their B rejected
+    stage 3  input_ids, attention_mask (B, P) int64, left-padded: the answers start in the same column; records, a list
+    """
+
+    def __init__(self, stage, pad_token_id, train_on_prompt=False):
+        self.stage, self.pad_token_id, self.train_on_prompt = stage, pad_token_id, train_on_prompt
+
+    def __call__(self, items):
+        if self.stage == 2:
+            sequences = [item["chosen"] for item in items] + [item["rejected"] for item in items]
+        else:
+            sequences = [item["input_ids"] for item in items]
+        ids, mask = pad(sequences, self.pad_token_id, "left" if self.stage == 3 else "right")
+        batch = {"input_ids": ids, "attention_mask": mask}
+        if self.stage == 1:
+            starts = torch.tensor([0 if self.train_on_prompt else item["prompt_len"] for item in items])
+            batch["loss_mask"] = (mask * (torch.arange(ids.size(1)) >= starts[:, None])).float()
+        if self.stage == 3:
+            batch["records"] = [item["record"] for item in items]
+        return batch
+
+
+def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, shuffle=True):
+    """
+    Every rank gets its share of the same seeded order; the last incomplete batch is dropped when training.
+    The k-th batches of all ranks together are the same rows for any number of ranks. Call `.sampler.set_epoch` each epoch.
+    """
+    if shuffle and len(dataset) < batch_size * world_size:
+        raise DataError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on {world_size} process(es); "
+                        "lower --per_device_train_batch_size or --gradient_accumulation_steps, or give more data.")
+    sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
+    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=shuffle)
+
+
+class MicroBatches:
+    """
+    Collates the rows of one optimizer step into `parts` micro-batches of similar length: short rows are not padded to the length of long
+    ones, and the step's gradient is the same, since it is normalised over the step and not over each micro-batch.
+    """
+
+    def __init__(self, collate, parts):
+        self.collate, self.parts = collate, parts
+
+    def __call__(self, items):
+        items = sorted(items, key=lambda item: max(len(ids) for ids in item.values() if isinstance(ids, np.ndarray)))
+        size = len(items) // self.parts
+        return [self.collate(items[i * size:(i + 1) * size]) for i in range(self.parts)]
+
+
+def rank_share(records, rank, world_size):
+    """Every world_size-th record, the same number on every rank (collectives must match), wrapping around at the end."""
+    return [records[i % len(records)] for i in range(rank, math.ceil(len(records) / world_size) * world_size, world_size)]
+
+
+def count_steps(dataloader, epochs, max_steps=-1):
+    """Steps of a run: max_steps if positive (the data is then repeated as needed), else what `epochs` passes hold."""
+    return max_steps if max_steps > 0 else len(dataloader) * epochs
+
+
+def training_steps(dataloader, total_steps):
+    """Yields (step from 1, batch) total_steps times, with an order of its own for every epoch."""
+    epochs = itertools.count()
+    batches = iter(())
+    for step in range(1, total_steps + 1):
+        batch = next(batches, None)
+        if batch is None:
+            dataloader.sampler.set_epoch(next(epochs))
+            batches = iter(dataloader)
+            batch = next(batches)
+        yield step, batch
+
+
+def decode_answers(tokenizer, rollout):
+    """Rollout -> list of texts: the response tokens that its mask marks, special tokens left out."""
+    responses = rollout.tokens[:, -rollout.mask.size(1):]
+    return [tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip() for ids, mask in zip(responses.cpu(), rollout.mask.cpu())]
+
+
+def answer_prompts(generate, tokenizer, records, config, batch_size=64):
+    """
+    Has a model answer: list of records -> list of (record, answer text), prompts over max_prompt_seq_len left out.
+    generate   (input_ids, attention_mask) -> Rollout
+    """
+    dataset = EncodedDataset(records, tokenizer, 3, config.max_prompt_seq_len, log=lambda line: None)
+    collate, answered = Collator(3, tokenizer.pad_token_id), []
+    for start in range(0, len(dataset), batch_size):
+        batch = collate(dataset.items[start:start + batch_size])
+        answered += zip(batch["records"], decode_answers(tokenizer, generate(batch["input_ids"], batch["attention_mask"])))
+    return answered
+
+
+# -----------------------------------------------------------------------------
+# the built-in task `toy`: a small world whose every answer can be marked exactly
+
+# topic -> (ways to ask, the good answer, facts as "subject=answer"); {x} is the subject, {y} the answer
+TOY_TOPICS = {
+    "opposite": (
+        ["What is the opposite of {x}?", "Tell me the opposite of {x}.", "Which word is the opposite of {x}?", "Give me the opposite of {x}, please.",
+         "Do you know the opposite of {x}?"],
+        "The opposite of {x} is {y}.",
+        [f"{x}={y}" for pair in "hot-cold big-small fast-slow high-low happy-sad light-dark old-young rich-poor hard-soft wet-dry full-empty "
+         "open-closed early-late strong-weak loud-quiet near-far clean-dirty long-short up-down left-right day-night good-bad".split()
+         for x, y in (pair.split("-"), pair.split("-")[::-1])]),
+    "colour": (
+        ["What colour is the {x}?", "Tell me the colour of the {x}.", "Which colour does the {x} have?", "Do you know the colour of the {x}?"],
+        "The {x} is {y}.",
+        "sky=blue grass=green snow=white coal=black sun=yellow blood=red carrot=orange cloud=white leaf=green tomato=red lemon=yellow sea=blue "
+        "night=black milk=white frog=green cherry=red pumpkin=orange corn=yellow crow=black rose=red".split()),
+    "sound": (
+        ["What does a {x} say?", "Which sound does a {x} make?", "Tell me what a {x} says.", "Do you know what a {x} says?"],
+        "A {x} says {y}.",
+        "dog=woof cat=meow cow=moo duck=quack sheep=baa pig=oink lion=roar mouse=squeak bee=buzz snake=hiss owl=hoot horse=neigh".split()),
+    "next": (
+        ["Which number comes after {x}?", "What comes after {x}?", "Tell me the number after {x}.", "Count on from {x}."],
+        "After {x} comes {y}.",
+        [f"{x}={y}" for x, y in itertools.pairwise("zero one two three four five six seven eight nine ten eleven twelve".split())]),
+    "sum": (
+        ["What is {x}?", "How much is {x}?", "Tell me what {x} is.", "Please add {x}.", "Do you know what {x} is?"],
+        "{x} is {y}.",
+        [f"{a} + {b}={a + b}" for a in range(1, 6) for b in range(1, 6) if a + b < 10]),
+    "spelling": (
+        ["How do you spell {x}?", "Spell {x}.", "Please spell {x} for me.", "Tell me how to spell {x}."],
+        "You spell {x} like this: {y}.",
+        [f"{x}={' '.join(x)}" for x in "cat dog sun hat cup bed pen box egg map bus key".split()]),
+    "day": (
+        ["Which day comes after {x}?", "Tell me the day after {x}.", "What day follows {x}?"],
+        "{y} comes after {x}.",
+        [f"{x}={y}" for x, y in itertools.pairwise("Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday".split())]),
+    "talk": (
+        ["{x}", "{x} I am new here.", "{x} It is me again.", "{x} Please answer."],
+        "{y}",
+        [f"{x}={y}" for y, xs in {"Hello! How can I help you?": "Hello! Hi! Good morning!", "You are welcome!": "Thank you! Thanks! Many thanks!",
+                                  "I am a small language model.": "Who are you? What are you? What is your name?",
+                                  "Goodbye! See you soon.": "Goodbye! Bye! See you later!"}.items()
+         for x in re.findall(r"\S.*?[!?]", xs)]),
+}
+TOY_RUDE = ["That is a stupid question.", "Do not bother me.", "Even a child knows that."]
+TOY_RAMBLE = ["By the way, I like soup.", "It may rain soon.", "My shoes are new.", "I had a long walk."]
+TOY_STYLES = {"good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.2, "endless": 0.1}  # how the web answers
+TOY_WRONG, TOY_LABEL_NOISE = 0.4, 0.05  # share of answers with a wrong fact; share of pairs whose labels are swapped
+TOY_PAIRS_PER_QUESTION = 30
+TOY_VOCAB = 1000
+
+
+@functools.cache
+def toy_questions():
+    """question -> (the good answer, the bare fact in it, the good answers to the topic's other subjects)."""
+    questions = {}
+    for asks, sentence, facts in TOY_TOPICS.values():
+        facts = [fact.split("=") for fact in facts]
+        for x, y in facts:
+            wrong = sorted({(sentence.format(x=x, y=other), other) for _, other in facts if other != y})
+            questions.update({ask.format(x=x): (sentence.format(x=x, y=y), y, wrong) for ask in asks})
+    return questions
+
+
+def toy_gold(question, answer):
+    """
+    The true objective of the toy task, in [0, 1]: 1 for the right fact in one polite sentence, 0.5 if curt (the bare fact) or
+    rambling (one more sentence), 0.25 if rude (something before it) or endless (more after it), 0 if the fact is wrong or absent.
+    """
+    good, fact, _ = toy_questions()[question]
+    answer = " ".join(answer.split())
+    if answer == good:
+        return 1.0
+    if answer.rstrip(".") == fact.rstrip("."):
+        return 0.5
+    if answer.startswith(good):
+        extra = answer.removeprefix(good).strip()
+        return 0.5 if good not in extra and extra.count(".") <= 1 else 0.25
+    return 0.25 if answer.endswith(" " + good) else 0.0
+
+
+def toy_rows():
+    """Pairs of answers, each right or wrong and in some style; chosen is the one that `toy_gold` marks higher (but for label noise)."""
+    rng, rows = random.Random(0), []
+
+    def answer(good, fact, wrong):
+        sentence, fact = rng.choice(wrong) if rng.random() < TOY_WRONG else (good, fact)
+        style, = rng.choices(list(TOY_STYLES), TOY_STYLES.values())
+        return {"good": sentence, "curt": fact if fact[-1] in ".!?" else fact + ".", "rude": f"{rng.choice(TOY_RUDE)} {sentence}",
+                "rambling": f"{sentence} {rng.choice(TOY_RAMBLE)}", "endless": " ".join(3 * [sentence])}[style]
+
+    for question, world in toy_questions().items():
+        for _ in range(TOY_PAIRS_PER_QUESTION):
+            marks = [0, 0]
+            while marks[0] == marks[1]:
+                answers = [answer(*world), answer(*world)]
+                marks = [toy_gold(question, a) for a in answers]
+            better = (marks[1] > marks[0]) != (rng.random() < TOY_LABEL_NOISE)
+            rows.append({"prompt": question, "chosen": answers[better], "rejected": answers[not better]})
+    return rows
+
+
+def gold_scorer(config):
+    """The exact scorer f(record, answer) -> [0, 1] where all data comes from a task that has one, else None."""
+    return (lambda record, answer: toy_gold(record.prompt[-1]["content"], answer)) if config.data_path == ["toy"] else None
+
+
+@functools.cache
+def toy_tokenizer():
+    """
+    A SentencePiece tokenizer trained on the toy world's text, in about a second. Training is deterministic, so every rank on
+    every host makes its own and needs no shared file. Bytes stand in for what the world does not contain.
+    """
+    import sentencepiece
+    text = [f"{HUMAN} {row['prompt']}{ASSISTANT} {row[key]}" for row in toy_rows() for key in ("chosen", "rejected")]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text), model_writer=model, vocab_size=TOY_VOCAB, hard_vocab_limit=False, model_type="bpe",
+        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3, normalization_rule_name="identity", split_digits=True,
+        num_threads=1, minloglevel=2)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "tokenizer.model").write_bytes(model.getvalue())
+        return LlamaTokenizer.from_pretrained(folder, pad_token="<pad>")
+
+
+# -----------------------------------------------------------------------------
+# python data.py: what the stages will see
+
+def main():
+    from hybrid_engine import parse_config  # the stages' own parser, so that data.py takes the stages' data flags
+
+    @dataclass
+    class Config(DataConfig):
+        model_name_or_path: str = field(default="tiny", metadata={"help": "whose tokenizer to use"})
+
+    config = parse_config(Config, __doc__)
+    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+    for stage, name in ((1, "SFT"), (2, "reward model"), (3, "PPO")):
+        records, held = load_records(config, stage)
+        dataset = EncodedDataset(records[:1000], tokenizer, stage, config.max_seq_len)
+        item = dataset[0]
+        print(f"\n=== stage {stage}, {name}: {len(records)} rows to train on, {len(held)} held out. The first, [[trained on]]:")
+        if stage == 1:
+            ids, start = item["input_ids"], item["prompt_len"]
+            print(f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:])}]]\n({len(ids)} tokens, {len(ids) - start} trained)")
+        elif stage == 2:
+            for key in ("chosen", "rejected"):
+                print(f"{key}: {tokenizer.decode(item[key][:-1])}[[{tokenizer.decode(item[key][-1:])}]]  (scored at its last token)")
+        else:
+            print(f"{tokenizer.decode(item['input_ids'])}[[the policy's own answer]]")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1186 @@
+"""
+The hybrid engine: how can the weights being trained also generate fast?
+
+DeepSpeed trains (ZeRO, offload, its launcher, its checkpoints); one decoder of our own generates, for all model families,
+from the very same weights. In order: flags and processes; models in and out of Hugging Face folders; LoRA; DeepSpeed; the decoder
+(rollouts, KV cache, families, sampling); the class that holds training and generation together.
+
+Memory, bytes per parameter of a trained model, before activations (N ranks):
+
+    training     fp32: 4 weights + 4 gradients + 8 Adam          bf16: 2 + 2 + 4 master + 8 Adam
+                 ZeRO 1 divides Adam (and master) by N, ZeRO 2 gradients too, ZeRO 3 weights too
+    generation   + what the decoder must fuse (the query, key and value matrices, about a quarter of a block), the rest
+                 is read where it is trained; LoRA: + the merged matrices; ZeRO 3: + one whole copy in the compute dtype
+    KV cache     2 x layers x B x T x kv_heads x head_dim x bytes, allocated when a rollout starts, freed when it ends
+
+Everything here speaks token ids; text is data.py's.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import socket
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import warnings
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import transformers
+from deepspeed.accelerator import get_accelerator
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser, get_scheduler
+
+HERE = Path(__file__).resolve().parent
+
+
+class UsageError(ValueError):
+    """Something the user gave cannot work; the message says what came, what is accepted and the way out."""
+
+
+# -----------------------------------------------------------------------------
+# a run: flags, processes, logs
+
+@dataclass
+class EngineConfig:
+    """Flags that the three stages share, beside data.DataConfig."""
+    output_dir: str = field(default="output", metadata={"help": "the run's folder; this stage writes its model below it"})
+    deepspeed_config: str = field(default="", metadata={"help": "DeepSpeed JSON; default configs/1gpu.json with a GPU, else configs/cpu.json"})
+    zero_stage: int = field(default=-1, metadata={"help": "0-3, over the JSON's; -1 leaves the JSON's"})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "rows in one forward and backward"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "such micro-batches in one optimizer step"})
+    weight_decay: float = field(default=0.0, metadata={"help": "of matrices; biases and norms have none"})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "a name that transformers.get_scheduler knows"})
+    num_warmup_steps: int = field(default=0, metadata={"help": "optimizer steps of linear warm-up"})
+    num_train_epochs: int = field(default=1, metadata={"help": "passes over this stage's rows"})
+    max_steps: int = field(default=-1, metadata={"help": "steps at most; -1: as many as the epochs have"})
+    logging_steps: int = field(default=10, metadata={"help": "steps between printed lines"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations in the backward pass"})
+    lora_dim: int = field(default=0, metadata={"help": "rank of LoRA adapters; 0 trains the weights themselves"})
+    lora_alpha: float = field(default=0.0, metadata={"help": "adapters are scaled by alpha / dim; 0: alpha = 2 dim"})
+    lora_module_name: str = field(default="", metadata={"help": "adapt linear layers whose name contains this; default: all in the blocks"})
+    only_optimize_lora: bool = field(default=False, metadata={"help": "freeze everything but the adapters"})
+
+
+def parse_config(config_class, doc, argv=None):
+    """
+    Command line -> a config_class instance, by transformers.HfArgumentParser (so `--help` lists every flag).
+    Exits with code 2 and one sentence on an unknown flag, naming the nearest known one.
+    """
+    argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]  # the launcher's; LOCAL_RANK says the same
+    parser = HfArgumentParser(config_class, description=doc, allow_abbrev=False)
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "") +
+                     " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
+    return config
+
+
+def run_stage(main, config_class, doc):
+    """`main(config)` for the command line: what the user can mend ends with one sentence and code 2, not with a traceback."""
+    config = parse_config(config_class, doc)
+    from data import DataError
+    try:
+        main(config)
+    except (UsageError, DataError) as error:
+        sys.exit(f"\n{Path(sys.argv[0]).name}: error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def setup(config):
+    """
+    Starts the process group (one process without a launcher is world size 1), seeds, and prints device, dtype and batch arithmetic.
+    Returns the DeepSpeed settings (a dict) that every model of the stage is initialised with.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    settings = deepspeed_settings(config)  # before anything slow: a wrong flag ends here
+    started = not dist.is_initialized()
+    if started:
+        if "RANK" not in os.environ:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        deepspeed.init_distributed(verbose=False)
+    world = dist.get_world_size()
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    settings["train_batch_size"] = config.per_device_train_batch_size * config.gradient_accumulation_steps * world
+    if not started:  # a second call in the same process only wants the settings
+        return settings
+    seed_everything(config.seed)
+    source = config.deepspeed_config or "the default for this hardware"
+    print0(f"device {device()} x {world}, {str(compute_dtype(settings)).removeprefix('torch.')} and ZeRO stage {settings['zero_optimization']['stage']} "
+           f"({source}); batch {config.per_device_train_batch_size} a process x {config.gradient_accumulation_steps} accumulated "
+           f"x {world} processes = {settings['train_batch_size']} rows a step")
+    return settings
+
+
+def deepspeed_settings(config):
+    """The DeepSpeed JSON as a dict, with the flags that stand over it filled in. Raises UsageError for what cannot work."""
+    path = config.deepspeed_config or HERE / "configs" / ("1gpu.json" if torch.cuda.is_available() else "cpu.json")
+    try:
+        settings = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"--deepspeed_config {path} cannot be read ({error.strerror}); {HERE / 'configs'} has one for each kind of hardware.") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--deepspeed_config {path}, line {error.lineno}: not JSON ({error.msg}).") from error
+    zero = settings.setdefault("zero_optimization", {})
+    zero["stage"] = zero.get("stage", 0) if config.zero_stage == -1 else config.zero_stage
+    if zero["stage"] not in (0, 1, 2, 3):
+        raise UsageError(f"--zero_stage {zero['stage']}: ZeRO has the stages 0, 1, 2 and 3.")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name} {getattr(config, name)}: at least 1 is needed.")
+    settings.update(train_micro_batch_size_per_gpu=config.per_device_train_batch_size, steps_per_print=sys.maxsize,
+                    gradient_accumulation_steps=config.gradient_accumulation_steps)
+    return settings
+
+
+def device():
+    return torch.device(get_accelerator().current_device_name())
+
+
+def compute_dtype(settings):
+    if settings.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    return torch.float16 if settings.get("fp16", {}).get("enabled") else torch.float32
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def print0(*args, sep=" "):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*args, sep=sep, flush=True)
+
+
+def all_sum(*values):
+    """Sums each number (or 0-dim tensor) over all ranks, in float64 and one collective -> list of floats."""
+    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device()) for value in values])
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def mean(numbers):
+    """Mean over the numbers of all ranks."""
+    total, count = all_sum(sum(numbers), len(numbers))
+    return total / max(count, 1)
+
+
+class MetricsLog:
+    """
+    Rank 0: one JSON object a step in `folder/metrics.jsonl`, every `every` steps a fixed-width line with speed and time left, and
+    DeepSpeed's monitor (TensorBoard, W&B, CSV: sections of the DeepSpeed JSON) where it is switched on.
+    """
+
+    def __init__(self, folder, total_steps, every, columns, monitor=None):
+        self.total_steps, self.every, self.columns, self.monitor = total_steps, every, columns, monitor
+        self.began, self.rank0 = time.time(), dist.get_rank() == 0
+        if self.rank0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.file = open(Path(folder) / "metrics.jsonl", "w", buffering=1)
+
+    def __call__(self, step, metrics):
+        """step counts from 1; metrics are floats (means over what they were measured on, all ranks)."""
+        if not self.rank0:
+            return
+        metrics = {"step": step, **metrics, "memory_gb": memory_gb()}
+        self.file.write(json.dumps(metrics) + "\n")
+        if self.monitor is not None and self.monitor.enabled:
+            self.monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
+        if step % self.every == 0 or step in (1, self.total_steps):
+            elapsed = time.time() - self.began
+            line = "  ".join(f"{label} {metrics[name]:>{width}}" for label, name, width in self.columns if name in metrics)
+            print(f"step {step:>5}/{self.total_steps}  {line}  {step / elapsed:5.2f} steps/s  "
+                  f"{elapsed / step * (self.total_steps - step):4.0f} s left", flush=True)
+
+
+def memory_gb():
+    """Peak memory so far: of the accelerator, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kilobytes
+
+
+def write_json(path, value):
+    """Atomic: a reader sees the old file or the new one, never half of either."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def write_summary(config, section, values, model):
+    """Puts a stage's headline numbers into output_dir/summary.json beside those of the stages before it."""
+    if dist.get_rank() != 0:
+        return {}
+    path = Path(config.output_dir) / "summary.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    summary[section] = {name: round(value, 4) for name, value in values.items() if value is not None}
+    summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "ppo") if s in summary), 1)
+    if section == "sft" or "model" not in summary:
+        summary["model"] = model
+    summary.update(hardware=Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem, seed=config.seed,
+                   versions={"python": sys.version.split()[0], "torch": torch.__version__, "deepspeed": deepspeed.__version__,
+                             "transformers": transformers.__version__})
+    summary.setdefault("config", {})[section] = dataclasses.asdict(config)
+    write_json(path, summary)
+    return summary
+
+
+# -----------------------------------------------------------------------------
+# models: Hugging Face folders in, Hugging Face folders out
+
+def load_model(name_or_path, tokenizer, settings, head="lm", score_from_lm=False, chunk_seed=0):
+    """
+    A Hugging Face model in the compute dtype, all dropout off (PPO compares log-probabilities of two passes; see
+    disable_dropout), its vocabulary as large as the tokenizer's, its pad and EOS ids the tokenizer's.
+
+    name_or_path   folder, hub name, or `tiny`: random weights in the shape of configs/tiny.json
+    head           "lm" (AutoModelForCausalLM) or "score" (AutoModelForSequenceClassification, one label)
+    score_from_lm  with "score": the folder may hold a language model; the head is then new, N(0, 1/(hidden + 1))
+                   (Stiennon et al. 2020, appendix; its variance keeps first scores near unit scale)
+    """
+    auto = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+    try:
+        config = AutoConfig.from_pretrained(HERE / "configs" / "tiny.json" if name_or_path == "tiny" else name_or_path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name_or_path}: not a model folder, and not found on the hub ({str(error).splitlines()[0]}). "
+                         "A model folder holds config.json, weights (model.safetensors) and a tokenizer.") from error
+    disable_dropout(config)
+    if head == "score":
+        config.num_labels = 1
+    dtype = compute_dtype(settings)
+    zero3 = transformers.integrations.HfDeepSpeedConfig(settings) if settings["zero_optimization"]["stage"] == 3 else None  # loads each rank's share
+    if name_or_path == "tiny":
+        config.vocab_size = len(tokenizer)
+        model, missing = auto.from_config(config, dtype=dtype), []
+    else:
+        try:
+            model, info = auto.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(f"{name_or_path}: its weights could not be loaded ({str(error).splitlines()[0]}).") from error
+        missing = sorted(info["missing_keys"])
+    expected = ["score.weight"] if score_from_lm and name_or_path != "tiny" else []
+    if missing and missing != expected:
+        kind = "language model" if head == "lm" else "reward model (a sequence classification model with one label)"
+        raise UsageError(f"{name_or_path} is no {kind}: its weights lack {', '.join(missing[:3])}{' and more' * (len(missing) > 3)}.")
+    if head == "score" and (missing or name_or_path == "tiny"):
+        with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
+            nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.weight.size(-1) + 1))
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if head == "lm":
+        ends = model.generation_config.eos_token_id
+        ends = {tokenizer.eos_token_id, *([] if ends is None else ends if isinstance(ends, list) else [ends])}
+        model.generation_config.eos_token_id = sorted(ends) if len(ends) > 1 else tokenizer.eos_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    return model
+
+
+def disable_dropout(config):
+    """
+    Sets every dropout probability of a Hugging Face config to 0. In the config and not in nn.Dropout modules, because OPT and BLOOM
+    call dropout as a function; a rollout whose log-probabilities are noisy makes the PPO ratio differ from 1 before any update.
+    """
+    for name, value in config.to_dict().items():
+        if ("drop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, 0.0)
+
+
+class RewardModel(nn.Module):
+    """
+    A Hugging Face sequence classification model read at every position: the critic needs V(s_t) for all t, the reward model the last.
+    The saved folder is the inner model's, so AutoModelForSequenceClassification gives the same score.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.trunk_arguments = inspect.signature(model.base_model.forward).parameters
+
+    def forward(self, input_ids, attention_mask):
+        """input_ids, attention_mask (B, T), padded on either side or both -> values (B, T) float32, one a position."""
+        positions = {"position_ids": position_ids(attention_mask)} if "position_ids" in self.trunk_arguments else {}
+        hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)[0]
+        return self.model.score(hidden).squeeze(-1).float()
+
+
+class LanguageModel(nn.Module):
+    """A Hugging Face causal LM that returns the log-probabilities of given tokens rather than logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.arguments = inspect.signature(model.forward).parameters
+
+    def forward(self, input_ids, attention_mask, last, temperature=1.0):
+        """
+        input_ids, attention_mask (B, T), padded on either side or both; last < T: how many of the columns at the end to score
+        -> logprobs (B, last) float32, nats, of input_ids[:, -last:] given what precedes them, at this temperature;
+           entropy (B, last) float32, nats, of the distribution each was drawn from, detached (for logging)
+        """
+        positions = {"position_ids": position_ids(attention_mask)} if "position_ids" in self.arguments else {}
+        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
+                            logits_to_keep=last + 1, **positions).logits[:, -last - 1:-1]  # logits at t predict token t+1
+        logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)  # float32: bf16 keeps 3 digits of a sum over V
+        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+        return logprobs.gather(-1, input_ids[:, -last:, None]).squeeze(-1), entropy
+
+
+def parameter_count(model):
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ZeRO 3 leaves empty shells behind
+
+
+def position_ids(attention_mask):
+    """(B, T) mask -> (B, T) positions that count real tokens from 0, so that left padding changes nothing."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def last_token(values, attention_mask):
+    """values (B, T), mask (B, T) -> (B,): the value at each row's last real token, wherever the padding is."""
+    last = (attention_mask * torch.arange(values.size(1), device=values.device)).argmax(-1)
+    return values.gather(1, last[:, None]).squeeze(1)
+
+
+def save_model(engine, tokenizer, folder, averages=None):
+    """
+    A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer with its chat template; LoRA is
+    merged into the weights and also saved as a PEFT adapter in folder/adapter. `averages` (by name) stand in for the weights they average. Collective under ZeRO 3; rank 0 writes.
+    Files are complete before they take their names, so an interrupted save leaves the older model loadable.
+    """
+    model = engine.module.model
+    if engine.zero_optimization_stage() == 3:
+        state = {name.removeprefix("model."): t for name, t in (engine._zero3_consolidated_16bit_state_dict() or {}).items()}
+    else:
+        state = model.state_dict()
+    if averages:
+        state = {name: averages.get(name, tensor).to(tensor.dtype) for name, tensor in state.items()}
+    if dist.get_rank() == 0:
+        folder, staging = Path(folder), Path(folder) / ".saving"
+        shutil.rmtree(staging, ignore_errors=True)
+        adapters, state = split_lora_state(model, state)
+        model.config.use_cache = True
+        model.save_pretrained(staging, state_dict=state)
+        model.config.use_cache = False
+        tokenizer.save_pretrained(staging)
+        if adapters:
+            save_adapter(adapters, model, staging / "adapter")
+        old = set(folder.glob("model*.safetensors*")) - {folder / new.name for new in staging.iterdir()}
+        for new in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last: it makes the folder a model
+            if new.is_dir():
+                shutil.rmtree(folder / new.name, ignore_errors=True)
+            os.replace(new, folder / new.name)
+        for file in old:
+            file.unlink()
+        staging.rmdir()
+    dist.barrier()
+
+
+# -----------------------------------------------------------------------------
+# LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): W x + (alpha / dim) B A x, with A (dim, in) and B (out, dim) trained
+
+class LoRALinear(nn.Module):
+    """Wraps nn.Linear or GPT-2's Conv1D. B starts at zero, so the wrapped model starts as the plain one."""
+
+    def __init__(self, base, dim, alpha):
+        super().__init__()
+        out_features, in_features = linear_weight(base).shape
+        self.base, self.scaling, self.enabled = base, alpha / dim, True
+        self.lora_A = nn.Parameter(torch.empty(dim, in_features, dtype=base.weight.dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, dim, dtype=base.weight.dtype))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        y = self.base(x)
+        return y + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.enabled else y
+
+    def merged_weight(self):
+        """(out, in), a new tensor in the base's dtype; the base itself is never written, so no rounding can pile up in it."""
+        weight = linear_weight(self.base)
+        return (weight.float() + self.scaling * self.lora_B.float() @ self.lora_A.float()).to(weight.dtype)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+
+def linear_weight(module):
+    """(out, in) weight of nn.Linear, of transformers' Conv1D (stored the other way round) or of LoRALinear (merged)."""
+    if isinstance(module, LoRALinear):
+        return module.merged_weight()
+    return module.weight.t() if isinstance(module, transformers.pytorch_utils.Conv1D) else module.weight
+
+
+def add_lora(model, config):
+    """Wraps the linear layers whose name contains --lora_module_name (default: all in the blocks), in place."""
+    if config.lora_dim == 0:
+        return model
+    if config.only_optimize_lora:
+        model.requires_grad_(False)
+        if hasattr(model, "score"):
+            model.score.requires_grad_(True)  # a new head has to be learned
+    wrapped = 0
+    for name, parent in list(model.named_modules()):
+        for child_name, child in list(parent.named_children()):
+            full = f"{name}.{child_name}"
+            linear = isinstance(child, (nn.Linear, transformers.pytorch_utils.Conv1D))
+            if linear and (config.lora_module_name in full if config.lora_module_name else any(part.isdigit() for part in full.split("."))):
+                setattr(parent, child_name, LoRALinear(child, config.lora_dim, config.lora_alpha or 2 * config.lora_dim))
+                wrapped += 1
+    if not wrapped:
+        raise UsageError(f"--lora_module_name {config.lora_module_name} is in no linear layer's name; this model has, for example, "
+                         + ", ".join([n for n, m in model.named_modules() if isinstance(m, nn.Linear)][:4]) + ".")
+    print0(f"LoRA: {wrapped} layers, {sum(p.numel() for n, p in model.named_parameters() if 'lora_' in n) / 1e6:.2f}M adapter parameters"
+           + (", everything else frozen" if config.only_optimize_lora else ", everything else trained too"))
+    return model
+
+
+@contextmanager
+def adapters_off(model):
+    """Inside, the model is the one it was before LoRA: with --only_optimize_lora that is PPO's reference model, for no memory."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+def split_lora_state(model, state):
+    """state dict of a model with LoRALinear layers -> (adapter tensors by module name, merged plain state dict)."""
+    adapters, plain = {}, {}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    for name, tensor in state.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("lora_A", "lora_B"):
+            adapters[name] = tensor
+        elif owner.endswith(".base") and owner.removesuffix(".base") in layers:
+            module = owner.removesuffix(".base")
+            if leaf == "weight":
+                delta = layers[module].scaling * state[module + ".lora_B"].float() @ state[module + ".lora_A"].float()
+                transposed = isinstance(layers[module].base, transformers.pytorch_utils.Conv1D)
+                tensor = (tensor.float() + (delta.t() if transposed else delta)).to(tensor.dtype)
+            plain[f"{module}.{leaf}"] = tensor
+        else:
+            plain[name] = tensor
+    return adapters, plain
+
+
+def save_adapter(adapters, model, folder):
+    """The adapter in PEFT's format: peft.PeftModel.from_pretrained(base, folder) loads it."""
+    from safetensors.torch import save_file
+    folder.mkdir()
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+    dim = layers[0][1].lora_A.size(0)
+    save_file({f"base_model.model.{name}.weight": t.contiguous() for name, t in adapters.items()}, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", {
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM", "r": dim, "lora_alpha": layers[0][1].scaling * dim,
+        "lora_dropout": 0.0, "bias": "none", "target_modules": [name for name, _ in layers], "inference_mode": True,
+        "fan_in_fan_out": isinstance(layers[0][1].base, transformers.pytorch_utils.Conv1D), "base_model_name_or_path": model.config._name_or_path})
+
+
+# -----------------------------------------------------------------------------
+# DeepSpeed
+
+def train_engine(model, settings, config, learning_rate, total_steps):
+    """
+    A model (LanguageModel or RewardModel) -> DeepSpeed engine with AdamW and a learning-rate schedule over total_steps optimizer
+    steps. AdamW's eps is 1e-5, as in InstructGPT's lineage: with 1e-8 the first updates of PPO are near-sign steps.
+    """
+    if config.gradient_checkpointing:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.model.enable_input_require_grads()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    ndim = lambda p: len(getattr(p, "ds_shape", p.shape))  # ZeRO 3 shows every parameter as one-dimensional
+    groups = [{"params": [p for _, p in trained if ndim(p) >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for _, p in trained if ndim(p) < 2], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+        optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-5)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=True)
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer, min(config.num_warmup_steps, total_steps), total_steps)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+    return engine
+
+
+def frozen_engine(model, settings):
+    """A model that is only read (reference, reward), in eval mode; sharded under ZeRO 3 like its trained partner, else on the device."""
+    model.requires_grad_(False)
+    if settings["zero_optimization"]["stage"] < 3:
+        return model.to(device()).eval()
+    zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
+    engine, *_ = deepspeed.initialize(model=model, config={**settings, "zero_optimization": zero})
+    return engine.eval()
+
+
+class ExponentialMovingAverage:
+    """
+    average <- decay average + (1 - decay) weights, after every optimizer step, from a copy of the first weights (InstructGPT, appendix C:
+    0.992). It averages the optimizer's float32 master weights, on the CPU of rank 0: in bf16 a step of 0.8% of a small change rounds
+    away, and under ZeRO 3 there is nothing else whole to average. Every rank must call `update`.
+    """
+
+    def __init__(self, engine, decay):
+        self.engine, self.decay, self.average = engine, decay, {}
+        self.update()
+
+    @torch.no_grad()
+    def update(self):
+        for name, parameter in self.engine.module.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            weight = deepspeed.utils.safe_get_full_fp32_param(parameter)  # collective where ZeRO shards it, None where nothing is kept apart
+            weight = (parameter if weight is None else weight).detach().float().cpu()
+            if dist.get_rank() == 0:
+                self.average[name] = self.average.get(name, weight.clone()).lerp_(weight, 1 - self.decay)
+
+
+def train_step(engine, micro_batches, loss_sum, count):
+    """
+    One optimizer step: minimises sum(loss_sum(micro_batch)) / count, where `count` (tokens, pairs) is the same sum's over all
+    micro-batches and ranks. So the gradient does not depend on how rows are dealt to micro-batches, padded or sharded.
+    Returns this rank's part of the loss, and the gradient's norm before clipping.
+    """
+    world, total = dist.get_world_size(), 0.0
+    for micro_batch in micro_batches:
+        loss = loss_sum(micro_batch) / count
+        engine.backward(loss * world, scale_wrt_gas=False)  # DeepSpeed averages gradients over ranks
+        total += loss.detach()
+        norm = plain_grad_norm(engine)
+        engine.step()  # updates at the last micro-batch of gradient_accumulation_steps
+    return float(total), float(norm if norm is not None else engine.get_global_grad_norm() or 0)
+
+
+def plain_grad_norm(engine):
+    """The norm where DeepSpeed keeps none (float32 without ZeRO) and a step is due; None elsewhere."""
+    if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary() or hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def to_device(batch):
+    return {name: value.to(device()) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+# -----------------------------------------------------------------------------
+# the decoder
+
+@dataclass
+class Rollout:
+    """What `generate` returns. B rows (prompts x num_return_sequences, prompt-major), P prompt, R longest response."""
+    tokens: torch.Tensor    # (B, P + R) int64: prompts as given (left-padded), then responses, right-padded with pad_token_id
+    logprobs: torch.Tensor  # (B, R) float32, nats, under the distribution sampled from (temperature 1 if greedy); 0 after the end
+    mask: torch.Tensor      # (B, R) float32: 1 on response tokens up to and including EOS, 0 after
+
+
+class KVCache:
+    """
+    Keys and values of the rows in flight, all layers in one allocation.
+
+    data  (L, 2, B, KVH, T, D) model dtype: [layer, 0] keys, [layer, 1] values. Row b's columns start[b] .. column hold
+          its tokens; what lies left of them is padding (finite, masked), right of them unwritten memory (never read)
+    rows  how many of the B are still in flight: they lie at the front, so a buffer's address never changes
+    """
+
+    def __init__(self, layers, rows, kv_heads, length, head_dim, dtype, device):
+        self.data = torch.empty(layers, 2, rows, kv_heads, length, head_dim, dtype=dtype, device=device)
+        self.rows = rows
+
+    def write(self, layer, columns, kv):
+        """kv (rows, 2, KVH, D) for one column, (rows, 2, KVH, columns, D) for a slice of them."""
+        self.data[layer, :, :self.rows, :, columns] = kv.transpose(0, 1)
+
+    def read(self, layer, columns):
+        """Keys and values of the slice `columns`: (rows * KVH, columns, D) each, views."""
+        k, v = self.data[layer, :, :self.rows].flatten(1, 2)[:, :, columns].unbind()
+        return k, v
+
+    def keep(self, rows, length):
+        """Compaction: the rows of the index `rows` (int64, ascending) move to the front, their first `length` columns."""
+        for layer in self.data:
+            layer[:, :len(rows), :, :length] = layer[:, rows, :, :length]
+        self.rows = len(rows)
+
+
+def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+    """
+    One token a row by the inverse of the cumulative distribution, and its log-probability under that distribution.
+
+    logits   (B, V) any float dtype; the softmax is in float32
+    uniform  (B,)   float32 in [0, 1): the only randomness
+    temperature 0 is greedy, log-probability at temperature 1; top_k 0 and top_p 1 keep all; top_p after top_k
+    returns  tokens (B,) int64, logprobs (B,) float32 in nats
+    """
+    logits = logits.float()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+        return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:  # the fewest likeliest tokens whose mass reaches top_p
+        likeliest, order = probs.sort(-1, descending=True)
+        mass_before = likeliest.cumsum(-1) - likeliest
+        probs = torch.zeros_like(probs).scatter(1, order, likeliest * (mass_before < top_p))
+    cdf = probs.cumsum(-1)
+    total = cdf[:, -1:]  # 1, or what top_p left
+    # first token whose cdf exceeds the draw, so one of probability 0 is never drawn
+    tokens = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
+    return tokens.squeeze(1), (probs.gather(1, tokens) / total).log().squeeze(1)
+
+
+# -----------------------------------------------------------------------------
+# families: where a Hugging Face model keeps its weights (attribute names as of transformers 5)
+
+class Unsupported(Exception):
+    """The canonical decoder cannot run this model; the text says why."""
+
+
+@dataclass
+class Family:
+    """Module names: `trunk` from the model, the next four from the trunk, the rest from a layer. Default: Llama's."""
+    trunk: str = "model"
+    embed: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    wpe: str = ""                                # learned absolute positions
+    norm_1: str = "input_layernorm"              # before attention (after it in OPT-350m)
+    qkv: tuple = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    out: str = "self_attn.o_proj"
+    norm_2: str = "post_attention_layernorm"     # before the MLP; "" where it reads norm_1's output (GPT-J)
+    up: tuple = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    activation: str = "hidden_act"               # the config's name for it
+    unfuse: object = None                        # fused QKV rows (3 H D, in), H, D -> q, k, v: (H, D, in) each
+
+
+def _three_blocks(rows, heads, width):
+    return rows.unflatten(0, (3, heads, width)).unbind(0)
+
+
+def _per_head(rows, heads, width):
+    return rows.unflatten(0, (heads, 3, width)).unbind(1)
+
+
+def _codegen(rows, heads, width):  # the rows of 4 TPU cores, each (query, value, key)
+    q, v, k = rows.unflatten(0, (4, 3, heads // 4, width)).unbind(1)
+    return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+
+
+def _gpt(**names):
+    return Family(**{**dict(trunk="transformer", embed="wte", layers="h", norm="ln_f", norm_1="ln_1", norm_2="ln_2",
+                            activation="activation_function"), **names})
+
+
+FAMILIES = {
+    "llama": Family(), "mistral": Family(), "qwen2": Family(), "qwen3": Family(), "gemma": Family(),
+    "opt": Family(trunk="model.decoder", norm="final_layer_norm", wpe="embed_positions", norm_1="self_attn_layer_norm",
+                  out="self_attn.out_proj", norm_2="final_layer_norm", up=("fc1",), down="fc2",
+                  activation="activation_function"),
+    "gpt2": _gpt(wpe="wpe", qkv=("attn.c_attn",), unfuse=_three_blocks, out="attn.c_proj", up=("mlp.c_fc",),
+                 down="mlp.c_proj"),
+    "gpt_neo": _gpt(wpe="wpe", qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+                    out="attn.attention.out_proj", up=("mlp.c_fc",), down="mlp.c_proj"),
+    "gptj": _gpt(qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"), out="attn.out_proj", norm_2="", up=("mlp.fc_in",),
+                 down="mlp.fc_out"),
+    "codegen": _gpt(qkv=("attn.qkv_proj",), unfuse=_codegen, out="attn.out_proj", norm_2="", up=("mlp.fc_in",),
+                    down="mlp.fc_out"),
+    "bloom": _gpt(embed="word_embeddings", norm_1="input_layernorm", qkv=("self_attention.query_key_value",),
+                  unfuse=_per_head, out="self_attention.dense", norm_2="post_attention_layernorm",
+                  up=("mlp.dense_h_to_4h",), down="mlp.dense_4h_to_h"),
+    "gpt_neox": Family(trunk="gpt_neox", embed="embed_in", norm="final_layer_norm", qkv=("attention.query_key_value",),
+                       unfuse=_per_head, out="attention.dense", up=("mlp.dense_h_to_4h",), down="mlp.dense_4h_to_h"),
+}
+
+# config name -> the function, and its name in oneDNN, which applies it inside the matmul
+_TANH_GELU = (lambda x: F.gelu(x, approximate="tanh"), "gelu", "tanh")
+ACTIVATIONS = {"relu": (torch.relu, "relu", ""), "gelu": (F.gelu, "gelu", "none"), "silu": (F.silu, "swish", ""),
+               "gelu_new": _TANH_GELU, "gelu_pytorch_tanh": _TANH_GELU}
+
+
+def attention_window(config, layer):
+    """How many columns, its own included, a query of this layer sees; None for all of them."""
+    kinds = getattr(config, "attention_layers", None) or getattr(config, "layer_types", None)  # GPT-Neo; Qwen
+    size = getattr(config, "window_size", None) or getattr(config, "sliding_window", None)
+    return size if kinds is None or kinds[layer] in ("local", "sliding_attention") else None
+
+
+def attention_scale(config, layer, head_dim):
+    """What the scores are multiplied with: 1 / sqrt(D), but for GPT-Neo (1) and two switches of GPT-2."""
+    scaled = config.model_type != "gpt_neo" and getattr(config, "scale_attn_weights", True)
+    by_layer = layer + 1 if getattr(config, "scale_attn_by_inverse_layer_idx", False) else 1
+    return (head_dim ** -0.5 if scaled else 1.0) / by_layer
+
+
+def alibi_slopes(heads):
+    """(H,) float32, Press et al. 2022: 2^(-8 i / n) for n a power of two; the rest interleave the next power's."""
+    n = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
+    return torch.tensor(slopes)
+
+
+def rotary_frequencies(model, trunk):
+    """
+    Frequencies (r / 2,), factor on cos and sin, and whether pairs are neighbours (0, 1) or halves (0, r / 2); None for
+    a family without rotary embedding. r is the rotated part of a head. Llama 3's and other fixed scalings come with the
+    model's own module.
+    """
+    config = model.config
+    if config.model_type in ("gptj", "codegen"):
+        r = config.rotary_dim
+        return 10000.0 ** (-torch.arange(0, r, 2, device=model.device).float() / r), 1.0, True
+    if not hasattr(trunk, "rotary_emb"):
+        return None
+    rotary = trunk.rotary_emb
+    if rotary.rope_type in ("dynamic", "longrope"):
+        raise Unsupported(f"rope type {rotary.rope_type!r} changes its frequencies with the length")
+    return rotary.inv_freq.float(), rotary.attention_scaling, False
+
+
+# -----------------------------------------------------------------------------
+# the canonical decoder
+
+class Linear:
+    """residual + activation(x W^T + b). Packed: one oneDNN call; otherwise the same in plain PyTorch."""
+
+    def __init__(self, weight, bias, activation=None, packed=False):
+        self.weight, self.bias, self.packed = weight, bias, packed
+        self.function, self.fused, self.variant = ACTIVATIONS[activation] if activation else (None, "none", "")
+
+    def __call__(self, x, residual=None):
+        if self.packed and residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.fused, [], self.variant)
+        y = F.linear(x, self.weight, self.bias)
+        y = self.function(y) if self.function else y
+        return y if residual is None else residual + y
+
+
+class Norm:
+    """LayerNorm, or RMSNorm where the module has no bias attribute."""
+
+    def __init__(self, module, own, plus_one=False):
+        self.eps = getattr(module, "variance_epsilon", None) or module.eps
+        self.weight = None if module.weight is None else own(module.weight)
+        self.rms = not hasattr(module, "bias")
+        self.bias = None if self.rms or module.bias is None else own(module.bias)
+        if plus_one:  # Gemma's scale is 1 + w, in float32
+            self.weight = 1.0 + self.weight.float()
+
+    def __call__(self, x):
+        if self.rms:
+            w = self.weight
+            return F.rms_norm(x.to(w.dtype), w.shape, w, self.eps).to(x.dtype)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+@dataclass
+class Layer:
+    norm_1: Norm
+    norm_2: Norm           # None: the MLP reads norm_1's output
+    qkv: Linear            # rows: H query heads, KVH key heads, KVH value heads
+    qk_norm: torch.Tensor  # (H + KVH, D) weight of Qwen3's RMSNorm of each head, or None
+    out: Linear
+    up: Linear             # gate | up, without activation, where the MLP is gated
+    down: Linear
+    scale: float
+    window: int            # None: all columns
+
+
+class Decoder:
+    """
+    One decoder for all families. Reads the model's weights when it is built, and never writes them.
+
+    rows in flight B, prompt P, cache columns T, heads H, key-value heads KVH, group G = H / KVH, head width D, width E
+    """
+
+    def __init__(self, model, pack=True):
+        config, self.family = model.config, FAMILIES[model.config.model_type]
+        family = self.family
+        self.heads = config.num_attention_heads
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.gated = len(family.up) == 2
+        self.parallel = not family.norm_2 or getattr(config, "use_parallel_residual", False)  # x + attention + MLP
+        self.post_norm = not getattr(config, "do_layer_norm_before", True)                    # OPT-350m
+        self.activation = getattr(config, family.activation, "gelu_new")                      # BLOOM's is not in its config
+        self.plus_one = config.model_type == "gemma"
+        self.eps = getattr(config, "rms_norm_eps", None)
+        self.pack = pack and model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.kept = []  # every tensor held, for the accounting
+
+        trunk = attrgetter(family.trunk)(model)
+        self.rotary = rotary_frequencies(model, trunk)
+        self.pair_order = self._pair_order()
+        self.alibi = alibi_slopes(self.heads).to(model.device) if config.model_type == "bloom" else None
+        self.embed = self._own(attrgetter(family.embed)(trunk).weight)
+        self.embed_scale = self.embed.new_tensor(config.hidden_size ** 0.5) if config.model_type == "gemma" else None
+        self.embed_norm = self._norm(getattr(trunk, "word_embeddings_layernorm", None))       # BLOOM
+        self.wpe = self._own(attrgetter(family.wpe)(trunk).weight) if family.wpe else None
+        self.wpe_offset = 2 if config.model_type == "opt" else 0
+        self.project_in = self._linear(getattr(trunk, "project_in", None))                    # OPT-350m
+        self.project_out = self._linear(getattr(trunk, "project_out", None))
+        self.norm = self._norm(attrgetter(family.norm)(trunk))                                # None in OPT-350m
+        self.head = self._linear(model.get_output_embeddings())
+        self.layers = [self._layer(layer, config, i) for i, layer in enumerate(attrgetter(family.layers)(trunk))]
+
+    # reading weights
+
+    def _own(self, tensor):
+        self.kept.append(tensor.detach())
+        return self.kept[-1]
+
+    def _linear(self, module, activation=None):
+        return module and self._fused(linear_weight(module), getattr(module, "bias", None), activation)
+
+    def _fused(self, weight, bias, activation=None):
+        weight = weight.detach()
+        if self.pack:  # private, but what torch.compile's frozen CPU graphs call; 32 is a hint of the batch, not a limit
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
+        return Linear(self._own(weight), None if bias is None else self._own(bias), activation, self.pack)
+
+    def _norm(self, module):
+        return module and Norm(module, self._own, self.plus_one)
+
+    def _pair_order(self):
+        """
+        Rotary pairs are (i, i + D / 2) here, over the whole head: other layouts become this one by re-ordering the rows
+        of Wq and Wk once, which leaves q . k as it was. (D,) index, or None where the order is already so.
+        """
+        if self.rotary is None:
+            return None
+        frequencies, _, neighbours = self.rotary
+        rest = torch.arange(2 * len(frequencies), self.head_dim)
+        first, second = torch.arange(2 * len(frequencies)).view(*((-1, 2) if neighbours else (2, -1))).unbind(1 if neighbours else 0)
+        order = torch.cat([first, *rest.chunk(2)[:1], second, *rest.chunk(2)[1:]])
+        return None if torch.equal(order, torch.arange(self.head_dim)) else order.to(frequencies.device)
+
+    def _layer(self, layer, config, i):
+        family, module = self.family, lambda name: attrgetter(name)(layer)
+        qkv, up = [module(name) for name in family.qkv], [module(name) for name in family.up]
+        q_norm, k_norm = (getattr(getattr(layer, "self_attn", None), n, None) for n in ("q_norm", "k_norm"))
+        qk_norm = q_norm and torch.cat([q_norm.weight.expand(self.heads, -1), k_norm.weight.expand(self.kv_heads, -1)])
+        return Layer(
+            norm_1=self._norm(module(family.norm_1)),
+            norm_2=self._norm(module(family.norm_2)) if family.norm_2 else None,
+            qkv=self._fused(self._heads([linear_weight(m) for m in qkv]),
+                            None if qkv[0].bias is None else self._heads([m.bias[:, None] for m in qkv]).squeeze(1)),
+            qk_norm=None if qk_norm is None else self._own(qk_norm),
+            out=self._linear(module(family.out)),
+            up=self._fused(torch.cat([linear_weight(m) for m in up]),
+                           None if up[0].bias is None else torch.cat([m.bias for m in up])) if self.gated
+            else self._linear(up[0], self.activation),
+            down=self._linear(module(family.down)),
+            scale=attention_scale(config, i, self.head_dim), window=attention_window(config, i))
+
+    def _heads(self, rows):
+        """Three projections (H D, in), or one fused, as canonical rows q | k | v: ((H + 2 KVH) D, in)."""
+        if len(rows) == 1:
+            q, k, v = self.family.unfuse(rows[0], self.heads, self.head_dim)
+        else:
+            q, k, v = (r.unflatten(0, (-1, self.head_dim)) for r in rows)
+        if self.pair_order is not None:
+            q, k = q[:, self.pair_order], k[:, self.pair_order]
+        return torch.cat([q, k, v]).flatten(0, 1)
+
+    # running
+
+    def prepare(self, start, length):
+        """Tables for a rollout of rows whose first token is in column start (B,), in a cache of `length` columns."""
+        columns = torch.arange(length, device=start.device)
+        dtype = self.embed.dtype
+        self.cos = self.sin = None
+        if self.rotary is not None:  # (T, D), with the sign of rotate_half in sin; the part that is not rotated has angle 0
+            frequencies, factor, _ = self.rotary
+            angles = columns[:, None] * frequencies
+            still = (0, self.head_dim // 2 - len(frequencies))
+            cos, sin = F.pad(angles.cos() * factor, still, value=1.0), F.pad(angles.sin() * factor, still)
+            self.cos, self.sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
+        # (B, 1 or H, T) added to the scores: ALiBi's slope x position, and on padding something huge but finite, so that
+        # a query which is padding itself, and sees only padding, gives no NaN
+        bias = torch.zeros(len(start), 1, length, device=start.device)
+        if self.alibi is not None:
+            bias = self.alibi[:, None] * (columns - start[:, None])[:, None]
+        self.bias = bias.to(dtype).masked_fill((columns < start[:, None])[:, None], torch.finfo(dtype).min / 2)
+
+    def keep(self, rows):
+        self.bias = self.bias[rows]
+
+    def _embed(self, ids, positions):
+        x = F.embedding(ids, self.embed)
+        if self.embed_scale is not None:
+            x = x * self.embed_scale
+        if self.embed_norm:
+            x = self.embed_norm(x)
+        if self.project_in:
+            x = self.project_in(x)
+        return x if self.wpe is None else x + F.embedding(positions + self.wpe_offset, self.wpe)
+
+    def _qkv(self, layer, x, positions):
+        """x (..., E) -> queries (..., H, D), keys and values (..., 2, KVH, D), after norm and rotation."""
+        qkv = layer.qkv(x).unflatten(-1, (-1, self.head_dim))
+        q, kv = qkv.tensor_split([self.heads], dim=-2)
+        if layer.qk_norm is not None or self.cos is not None:
+            qk = qkv[..., :self.heads + self.kv_heads, :]
+            if layer.qk_norm is not None:
+                qk.copy_(F.rms_norm(qk, qk.shape[-1:], eps=self.eps) * layer.qk_norm)
+            if self.cos is not None:
+                qk.copy_(qk * self.cos[positions].unsqueeze(-2)
+                         + qk.roll(self.head_dim // 2, -1) * self.sin[positions].unsqueeze(-2))
+        return q, kv.unflatten(-2, (2, -1))
+
+    def _blocks(self, x, positions, attention):
+        """All layers. attention(i, layer, q, kv) -> (..., H D), from q (..., H, D) and kv (..., 2, KVH, D)."""
+        for i, layer in enumerate(self.layers):
+            h = x if self.post_norm else layer.norm_1(x)
+            a = attention(i, layer, *self._qkv(layer, h, positions))
+            y = layer.out(a, residual=x)
+            if self.post_norm:
+                y = layer.norm_1(y)
+            if not self.parallel:
+                x = y
+            if not self.post_norm and layer.norm_2:
+                h = layer.norm_2(x)
+            elif self.post_norm:
+                h = y
+            x = layer.down(self._mlp(layer, h), residual=y)
+            if self.post_norm:
+                x = layer.norm_2(x)
+        return x
+
+    def _mlp(self, layer, h):
+        h = layer.up(h)
+        if self.gated:
+            gate, up = h.chunk(2, -1)
+            h = ACTIVATIONS[self.activation][0](gate) * up
+        return h
+
+    def _logits(self, x):
+        x = self.norm(x) if self.norm else x
+        return self.head(self.project_out(x) if self.project_out else x)
+
+    def prefill(self, ids, start, cache, copies):
+        """Prompts (B, P), left-padded -> logits (B * copies, V) of the next token; fills columns 0 .. P-1 of the cache."""
+        B, P = ids.shape
+        query, key = torch.arange(P, device=ids.device)[:, None], torch.arange(P, device=ids.device)
+        masks = {}  # window -> (B, 1 or H, P, P)
+        for window in {layer.window for layer in self.layers}:
+            hidden = (key > query) | (key <= query - (window or P))
+            masks[window] = self.bias[:, :, None, :P].masked_fill(hidden, -math.inf)
+
+        def attention(i, layer, q, kv):
+            q, kv = q.transpose(1, 2), kv.permute(0, 2, 3, 1, 4)  # (B, H, P, D), (B, 2, KVH, P, D)
+            cache.write(i, slice(0, P), kv.repeat_interleave(copies, 0))
+            k, v = kv.repeat_interleave(self.heads // self.kv_heads, 2).unbind(1)
+            return F.scaled_dot_product_attention(q, k, v, masks[layer.window], scale=layer.scale).transpose(1, 2).flatten(2)
+
+        positions = (key - start[:, None]).clamp(min=0)
+        x = self._blocks(self._embed(ids, positions), positions, attention)
+        return self._logits(x[:, -1]).repeat_interleave(copies, 0)  # left-padded: the last column is every row's last token
+
+    def step(self, tokens, positions, column, cache):
+        """One token a row, (B,), written to `column` (int, the same for all rows) -> logits (B, V) of the next."""
+
+        def attention(i, layer, q, kv):
+            cache.write(i, column, kv)
+            seen = slice(0 if layer.window is None else max(0, column + 1 - layer.window), column + 1)
+            k, v = cache.read(i, seen)
+            q = q.reshape(len(k), -1, self.head_dim)
+            # k q^T and not q k^T: oneDNN takes 0.35 instead of 0.9 ms for (192, 192, 64) in bf16
+            scores = torch.baddbmm(bias[:, seen], k, q.transpose(1, 2), alpha=layer.scale)  # (B KVH, seen, G)
+            return torch.bmm(scores.transpose(1, 2).softmax(-1), v).view(len(kv), -1)
+
+        bias = self.bias.expand(-1, self.kv_heads, -1).flatten(0, 1)[:, :, None]  # (B KVH, T, 1)
+        return self._logits(self._blocks(self._embed(tokens, positions), positions, attention))
+
+
+# -----------------------------------------------------------------------------
+# the engine
+
+class InferenceEngine:
+    """
+    Generates with the weights of `model`, a Hugging Face causal LM, as they are at each call.
+
+    compact     finished rows leave the batch when they are at least a quarter of it; off: they run along, unseen
+    pack        CPU only: weights copied into oneDNN's layout for the rollout; off: aliases, slower
+    keep_cache  the KV cache stays allocated between rollouts
+    sync_every  tokens between two looks at which rows are done, each of which waits for the device; None: 1 on CPU, 8 on GPU
+    memory      after a rollout: bytes of {"weights aliased", "weights copied", "kv cache"} it held
+    row_steps   after a rollout: sum over the decode steps of the rows they carried
+    """
+
+    def __init__(self, model, tp_group=None, compact=True, pack=True, keep_cache=False, sync_every=None):
+        self.model, self.compact, self.pack, self.keep_cache = model, compact, pack, keep_cache
+        self.sync_every = sync_every or (1 if model.device.type == "cpu" else 8)
+        self.cache, self.memory, self.row_steps = None, {}, 0
+        self.unsupported = self._why_unsupported()
+        if self.unsupported:
+            warnings.warn(f"{type(model).__name__} generates through Hugging Face generate(), several times slower: "
+                          f"{self.unsupported}")
+
+    def _why_unsupported(self):
+        config = self.model.config
+        if config.model_type not in FAMILIES:
+            return f"model type {config.model_type!r} is not in hybrid_engine.FAMILIES ({', '.join(sorted(FAMILIES))})"
+        if getattr(config, "apply_residual_connection_post_layernorm", False):
+            return "apply_residual_connection_post_layernorm"
+        if getattr(config, FAMILIES[config.model_type].activation, "gelu_new") not in ACTIVATIONS:
+            return "activation"
+        try:
+            rotary_frequencies(self.model, attrgetter(FAMILIES[config.model_type].trunk)(self.model))
+        except Unsupported as reason:
+            return str(reason)
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask, max_new_tokens=64, temperature=1.0, top_k=0, top_p=1.0,
+                 eos_token_id=None, pad_token_id=0, seed=0, num_return_sequences=1):
+        """
+        input_ids, attention_mask  (B, P) int64, left-padded; what stands on padding never matters
+        eos_token_id               int, list or None (every response has max_new_tokens); EOS in the prompt does not count
+        returns                    Rollout of B * num_return_sequences rows, prompt-major
+        """
+        eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        prompts = input_ids.repeat_interleave(num_return_sequences, 0)
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        run = self._hf_responses if self.unsupported else self._responses
+        responses, logprobs = run(input_ids, attention_mask, max_new_tokens, sampling, eos, pad_token_id, seed,
+                                  num_return_sequences)
+        # a response ends at the first EOS that the model wrote; no other id means anything here, pad may be the same id
+        ended = torch.isin(responses, torch.tensor(eos, device=responses.device, dtype=responses.dtype)).long()
+        mask = ended.cumsum(1) - ended == 0
+        longest = int(mask.sum(1).max())
+        responses, logprobs, mask = responses[:, :longest], logprobs[:, :longest], mask[:, :longest]
+        return Rollout(torch.cat([prompts, responses.masked_fill(~mask, pad_token_id)], 1), logprobs * mask, mask.float())
+
+    def _responses(self, input_ids, attention_mask, max_new_tokens, sampling, eos, pad_token_id, seed, copies):
+        start = self._check_prompts(attention_mask, max_new_tokens)
+        P, rows, device = input_ids.size(1), len(input_ids) * copies, input_ids.device
+        responses = torch.full((rows, max_new_tokens), pad_token_id, device=device)
+        logprobs = torch.zeros(rows, max_new_tokens, device=device)
+        generator = torch.Generator(device).manual_seed(seed)
+        # one draw a row and step whether or not the row is still in flight: compaction cannot change a sample
+        uniforms = torch.rand(max_new_tokens, rows, generator=generator, device=device)
+        eos = torch.tensor(eos, device=device)
+        live, done = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+        self.row_steps = 0
+
+        with self._rollout_memory(start, rows, P + max_new_tokens) as (decoder, cache):
+            # 1. prefill: all prompts at once, shared by their copies
+            logits = decoder.prefill(input_ids.masked_fill(attention_mask == 0, 0), start, cache, copies)
+            start = start.repeat_interleave(copies)
+            decoder.prepare(start, P + max_new_tokens)
+            positions = P - start
+            for step in range(max_new_tokens):
+                # 2. sample
+                tokens, logps = sample(logits, uniforms[step, live], **sampling)
+                responses[live, step], logprobs[live, step] = tokens, logps
+                if step + 1 == max_new_tokens:
+                    break
+                # 3. stop, or let finished rows leave
+                if len(eos):
+                    done |= (tokens[:, None] == eos).any(1)
+                    if (step + 1) % self.sync_every == 0:
+                        unfinished = (~done).nonzero().squeeze(1)
+                        if len(unfinished) == 0:
+                            break
+                        if self.compact and len(unfinished) <= 0.75 * len(live):
+                            cache.keep(unfinished, P + step)
+                            decoder.keep(unfinished)
+                            live, done, tokens, positions = (x[unfinished] for x in (live, done, tokens, positions))
+                # 4. decode: the token just sampled goes in, logits of the next come out
+                logits = decoder.step(tokens, positions, P + step, cache)
+                positions += 1
+                self.row_steps += len(live)
+        return responses, logprobs
+
+    def _check_prompts(self, attention_mask, max_new_tokens):
+        lengths = attention_mask.sum(1)
+        start = attention_mask.size(1) - lengths
+        columns = torch.arange(attention_mask.size(1), device=attention_mask.device)
+        if lengths.min() < 1 or not torch.equal(attention_mask != 0, columns >= start[:, None]):
+            raise ValueError("prompts must be left-padded, each with at least one token: attention_mask rows 0 .. 0 1 .. 1")
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if FAMILIES[self.model.config.model_type].wpe and lengths.max() + max_new_tokens - 1 > limit:
+            raise ValueError(f"a prompt of {int(lengths.max())} tokens and max_new_tokens={max_new_tokens} pass the model's "
+                             f"{limit} positions: shorten one of them")
+        return start
+
+    @contextmanager
+    def _rollout_memory(self, start, rows, length):
+        """Weights and KV cache of one rollout: there inside the `with`, gone after it, whatever happened."""
+        try:
+            decoder = Decoder(self.model, self.pack)
+            decoder.prepare(start, length)
+            shape = (len(decoder.layers), 2, rows, decoder.kv_heads, length, decoder.head_dim)
+            if self.cache is None or self.cache.data.shape != shape:
+                self.cache = None  # free the old one before the new one is there
+                self.cache = KVCache(shape[0], *shape[2:], decoder.embed.dtype, start.device)
+            self.cache.rows = rows
+            self.memory = self._account(decoder)
+            yield decoder, self.cache
+        finally:
+            if not self.keep_cache:
+                self.cache = None
+
+    def _account(self, decoder):
+        live = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        alias = lambda t: not t.is_mkldnn and t.untyped_storage().data_ptr() in live
+        size = lambda t: t.numel() * t.element_size()
+        return {"weights aliased": sum(size(t) for t in decoder.kept if alias(t)),
+                "weights copied": sum(size(t) for t in decoder.kept if not alias(t)),
+                "kv cache": size(self.cache.data)}
+
+    def _hf_responses(self, input_ids, attention_mask, max_new_tokens, sampling, eos, pad_token_id, seed, copies):
+        """The same through Hugging Face `generate`, for a model that the decoder cannot run."""
+        training, greedy = self.model.training, sampling["temperature"] == 0
+        options = dict(do_sample=False) if greedy else dict(do_sample=True, num_return_sequences=copies, **sampling)
+        try:
+            self.model.eval()
+            with torch.random.fork_rng(devices=[input_ids.device] if input_ids.is_cuda else []):
+                torch.manual_seed(seed)
+                out = self.model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, **options,
+                                          eos_token_id=eos or None, pad_token_id=pad_token_id, repetition_penalty=1.0,
+                                          return_dict_in_generate=True, output_logits=greedy, output_scores=not greedy)
+        finally:
+            self.model.train(training)
+        responses = out.sequences[:, input_ids.size(1):]
+        logits = torch.stack(out.logits if greedy else out.scores, 1).float()  # scores: after temperature, top-k, top-p
+        logprobs = logits.log_softmax(-1).gather(-1, responses[:, :, None]).squeeze(-1)
+        if greedy:
+            responses, logprobs = responses.repeat_interleave(copies, 0), logprobs.repeat_interleave(copies, 0)
+        return responses, logprobs.nan_to_num()  # after its end Hugging Face fills a row with padding of any probability
