@@ -18,7 +18,9 @@ stages as DeepSpeed-Chat does, so no stage trains on another's rows; one prompt 
     python data.py --data_path my.jsonl --model_name_or_path facebook/opt-1.3b
 """
 
+import argparse
 import csv
+import difflib
 import functools
 import gzip
 import io
@@ -28,6 +30,7 @@ import math
 import os
 import random
 import re
+import sys
 import tempfile
 import zlib
 from dataclasses import dataclass, field
@@ -37,12 +40,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from tqdm import tqdm
-from transformers import AutoTokenizer, LlamaTokenizer
+from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
 
 
-class DataError(ValueError):
-    """The user's data cannot be used as it is; the message says what came, what is accepted and the way out."""
+class UsageError(ValueError):
+    """Something the user gave cannot work; the message says what came, what is accepted and the way out."""
 
+
+# -----------------------------------------------------------------------------
+# flags
 
 @dataclass
 class DataConfig:
@@ -57,15 +63,35 @@ class DataConfig:
     seed: int = field(default=1234, metadata={"help": "of the split, the order, the initial weights and the sampling"})
 
 
+def parse_config(config_class, doc, argv=None):
+    """
+    Command line -> a config_class instance, by transformers.HfArgumentParser (so `--help` lists every flag).
+    Exits with one sentence on an unknown flag, naming the nearest known one.
+    """
+    argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]  # the launcher's; LOCAL_RANK says the same
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Defaults beside the flags, and the file's docstring as it stands."""
+
+    parser = HfArgumentParser(config_class, description=doc, allow_abbrev=False, formatter_class=Formatter)
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
+        sys.exit(f"{parser.prog}: error: unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "") +
+                 " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
+    return config
+
+
+# -----------------------------------------------------------------------------
+# the record, and rows -> records: one small function a form, recognised by its columns
+
 @dataclass
 class Preference:
     prompt: list[dict]       # [{"role": "user", "content": "What is the opposite of hot?"}, ...], the last one the user's
     chosen: str              # the better answer; the demonstration in SFT
     rejected: str | None     # the worse answer; None where the source has demonstrations only
 
-
-# -----------------------------------------------------------------------------
-# rows -> records: one small function a form, recognised by its columns
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -161,14 +187,14 @@ def to_records(rows, source):
     form = next((function for needed, function in FORMS if columns.issuperset(needed)), None)
     if form is None:
         accepted = "; ".join(", ".join(needed) for needed, _ in FORMS)
-        raise DataError(f"{source} has the columns {', '.join(sorted(columns))}. One of these sets is needed: {accepted}. "
+        raise UsageError(f"{source} has the columns {', '.join(sorted(columns))}. One of these sets is needed: {accepted}. "
                         "Rename its columns, or add a form to FORMS in data.py.")
     records = []
     for number, row in enumerate(rows, 1):
         try:
             record = form(row)
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{source}, row {number}: {type(error).__name__}: {error}; its columns do not hold text "
+            raise UsageError(f"{source}, row {number}: {type(error).__name__}: {error}; its columns do not hold text "
                             f"or messages: {str(row)[:200]}") from error
         if record and record.prompt and record.prompt[-1]["role"] == "user" and record.chosen != record.rejected:
             records.append(record)
@@ -185,11 +211,11 @@ def read_file(path):
         from datasets import Dataset as HFDataset
         return HFDataset.from_parquet(path).to_list()
     if suffix not in (".json", ".jsonl", ".csv"):
-        raise DataError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
+        raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
     try:
         text = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8").read()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read: {error}") from error
     if suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
     try:
@@ -202,10 +228,10 @@ def read_file(path):
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
         line = error.lineno if text.lstrip().startswith("[") else offset + error.lineno
-        raise DataError(f"{path}, line {line}: not JSON ({error.msg}). A .json or .jsonl file holds one object a line, "
+        raise UsageError(f"{path}, line {line}: not JSON ({error.msg}). A .json or .jsonl file holds one object a line, "
                         "or one list of objects.") from error
     if rows and not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path}: every row must be a JSON object, {type(rows[0]).__name__} came.")
+        raise UsageError(f"{path}: every row must be a JSON object, {type(rows[0]).__name__} came.")
     return rows
 
 
@@ -221,16 +247,16 @@ def read_source(source):
             files = sorted(str(f) for f in Path(source).iterdir() if f.name.startswith((name, "eval", "valid") if name == "test" else name))
             parts[name] = [row for file in files for row in read_file(file)]
         if not parts["train"]:
-            raise DataError(f"{source}: a folder needs files whose names start with train (and, optionally, test): "
+            raise UsageError(f"{source}: a folder needs files whose names start with train (and, optionally, test): "
                             "train.jsonl, test.jsonl. Or name the files themselves.")
         return parts["train"], parts["test"] or None
     if source.startswith((".", "/", "~")) or source.endswith((".json", ".jsonl", ".gz", ".csv", ".parquet")):
-        raise DataError(f"{source} does not exist. --data_path takes toy, a file, a folder or a dataset's hub name.")
+        raise UsageError(f"{source} does not exist. --data_path takes toy, a file, a folder or a dataset's hub name.")
     from datasets import load_dataset, load_from_disk
     try:
         dataset = load_from_disk(source) if os.path.isdir(source) else load_dataset(source)
     except Exception as error:
-        raise DataError(f"{source} is neither a local file or folder nor a dataset that could be fetched from the hub "
+        raise UsageError(f"{source} is neither a local file or folder nor a dataset that could be fetched from the hub "
                         f"({type(error).__name__}: {str(error)[:200]}).") from error
     test = next((dataset[name] for name in ("test", "validation", "eval") if name in dataset), None)
     return dataset["train"].to_list(), test.to_list() if test is not None else None
@@ -261,7 +287,7 @@ def split_indices(n, data_split, stage, seed):
     except ValueError:
         shares = np.array([])
     if shares.size != 3 or (shares < 0).any() or shares.sum() == 0:
-        raise DataError(f"--data_split {data_split}: three numbers like 2,4,4 are needed, one a stage, none negative, not all 0.")
+        raise UsageError(f"--data_split {data_split}: three numbers like 2,4,4 are needed, one a stage, none negative, not all 0.")
     bounds = np.concatenate([[0], np.cumsum(np.round(shares / shares.sum() * n).astype(int))])
     bounds[1:] -= bounds[-1] - n
     order = np.random.RandomState(seed).permutation(n)
@@ -273,16 +299,16 @@ def load_records(config, stage, log=print):
     (training, held-out) lists of Preference for a stage: 1 SFT, 2 reward model, 3 PPO. The held-out rows are the same in all stages,
     which none of them trains on (DeepSpeed-Chat deals those out too, for no reason we could find).
 
-    raises DataError for a source that is missing, malformed, empty or without the columns the stage needs
+    raises UsageError for a source that is missing, malformed, empty or without the columns the stage needs
     """
     weights = config.data_weights or [1.0] * len(config.data_path)
     if len(weights) != len(config.data_path) or min(weights) < 0:
-        raise DataError(f"--data_weights has {len(weights)} entries for {len(config.data_path)} sources; one number >= 0 a source is needed.")
+        raise UsageError(f"--data_weights has {len(weights)} entries for {len(config.data_path)} sources; one number >= 0 a source is needed.")
     train, held = [], []
     for source, weight in zip(config.data_path, weights):
         rows, test_rows = read_source(source)
         if not rows:
-            raise DataError(f"{source} is empty: it holds no rows to train on.")
+            raise UsageError(f"{source} is empty: it holds no rows to train on.")
         records, unusable = to_records(rows, source)
         if stage == 2:
             pairs = [r for r in records if r.rejected is not None]
@@ -292,7 +318,7 @@ def load_records(config, stage, log=print):
             unusable, records = unusable + len(records) - len(answered), answered
         if len({str(r.prompt) for r in records}) < 2:
             needs = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}[stage]
-            raise DataError(f"{source}: {len(records)} of {len(rows)} rows have {needs}, which this stage needs; "
+            raise UsageError(f"{source}: {len(records)} of {len(rows)} rows have {needs}, which this stage needs; "
                             "two different prompts at least are needed, since one in ten is held out.")
         if test_rows:
             test = to_records(test_rows, source)[0]
@@ -304,7 +330,7 @@ def load_records(config, stage, log=print):
         held += [r for r in test if (stage != 2 or r.rejected is not None) and (stage != 1 or r.chosen)]
         log(f"data: {source}: {len(rows)} rows, {unusable} without a usable example, {len(test)} held out, {len(copies)} for stage {stage}")
     if not train:
-        raise DataError(f"--data_split {config.data_split} leaves no rows for stage {stage} of {', '.join(config.data_path)}.")
+        raise UsageError(f"--data_split {config.data_split} leaves no rows for stage {stage} of {', '.join(config.data_path)}.")
     order = np.random.RandomState(config.seed)
     order.shuffle(train)
     order.shuffle(held)
@@ -332,10 +358,10 @@ def load_tokenizer(name_or_path, chat_template=""):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
-            raise DataError(f"{name_or_path}: no tokenizer could be loaded ({str(error).splitlines()[0]}). A model folder needs "
+            raise UsageError(f"{name_or_path}: no tokenizer could be loaded ({str(error).splitlines()[0]}). A model folder needs "
                             "its tokenizer files (tokenizer.json, or tokenizer.model) beside config.json.") from error
     if tokenizer.eos_token is None:
-        raise DataError(f"{name_or_path}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json.")
+        raise UsageError(f"{name_or_path}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json.")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         if tokenizer.unk_token is not None and tokenizer.unk_token != tokenizer.eos_token:
             tokenizer.pad_token = tokenizer.unk_token
@@ -363,7 +389,7 @@ def encode_answer(tokenizer, messages, answer):
     prompt_text, prompt = encode_prompt(tokenizer, messages)
     full_text = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False).rstrip()
     if not full_text.startswith(prompt_text):
-        raise DataError("the chat template does not continue its own generation prompt: an answer's text must begin where "
+        raise UsageError("the chat template does not continue its own generation prompt: an answer's text must begin where "
                         "add_generation_prompt=True ends. Give another with --chat_template.")
     full = tokenizer(full_text, add_special_tokens=False).input_ids
     response = full[len(prompt):] if full[:len(prompt)] == prompt else \
@@ -408,7 +434,7 @@ class EncodedDataset(Dataset):
         limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
         log(f"data: {len(self.items)} examples encoded; {dropped} dropped (prompt over {limit} {max_len}), {cut} answers cut to fit")
         if not self.items:
-            raise DataError(f"all {dropped} prompts are longer than {limit} {max_len} tokens allow; raise it, or shorten the prompts.")
+            raise UsageError(f"all {dropped} prompts are longer than {limit} {max_len} tokens allow; raise it, or shorten the prompts.")
 
     def __len__(self):
         return len(self.items)
@@ -464,7 +490,7 @@ def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, sh
     The k-th batches of all ranks together are the same rows for any number of ranks. Call `.sampler.set_epoch` each epoch.
     """
     if shuffle and len(dataset) < batch_size * world_size:
-        raise DataError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on {world_size} process(es); "
+        raise UsageError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on {world_size} process(es); "
                         "lower --per_device_train_batch_size or --gradient_accumulation_steps, or give more data.")
     sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=shuffle)
@@ -657,8 +683,6 @@ def toy_tokenizer():
 # python data.py: what the stages will see
 
 def main():
-    from hybrid_engine import parse_config  # the stages' own parser, so that data.py takes the stages' data flags
-
     @dataclass
     class Config(DataConfig):
         model_name_or_path: str = field(default="tiny", metadata={"help": "whose tokenizer to use"})

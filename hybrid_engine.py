@@ -17,7 +17,6 @@ Everything here speaks token ids; text is data.py's.
 """
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
@@ -44,13 +43,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from deepspeed.accelerator import get_accelerator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
+
+from data import UsageError, parse_config
 
 HERE = Path(__file__).resolve().parent
-
-
-class UsageError(ValueError):
-    """Something the user gave cannot work; the message says what came, what is accepted and the way out."""
 
 
 # -----------------------------------------------------------------------------
@@ -77,29 +74,12 @@ class EngineConfig:
     only_optimize_lora: bool = field(default=False, metadata={"help": "freeze everything but the adapters"})
 
 
-def parse_config(config_class, doc, argv=None):
-    """
-    Command line -> a config_class instance, by transformers.HfArgumentParser (so `--help` lists every flag).
-    Exits with code 2 and one sentence on an unknown flag, naming the nearest known one.
-    """
-    argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]  # the launcher's; LOCAL_RANK says the same
-    parser = HfArgumentParser(config_class, description=doc, allow_abbrev=False)
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "") +
-                     " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
-    return config
-
-
 def run_stage(main, config_class, doc):
     """`main(config)` for the command line: what the user can mend ends with one sentence and code 2, not with a traceback."""
     config = parse_config(config_class, doc)
-    from data import DataError
     try:
         main(config)
-    except (UsageError, DataError) as error:
+    except UsageError as error:
         sys.exit(f"\n{Path(sys.argv[0]).name}: error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 2)
     finally:
         if dist.is_initialized():

@@ -1,0 +1,104 @@
+"""
+A conversation with a trained model, in the terminal:
+
+    python chat.py --path output/actor                                             # /reset starts over, /quit or end of input leaves
+    python chat.py --path output/actor --prompt "What is the opposite of hot?"     # one answer on standard output, for scripts
+
+The folder is a plain Hugging Face one: its chat template formats the conversation as it was trained on, transformers generates.
+When a conversation outgrows the model's positions, the oldest exchanges are forgotten, and that is said.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
+
+from data import UsageError, load_tokenizer, parse_config
+
+
+@dataclass
+class Config:
+    path: str = field(default="output/actor", metadata={"help": "model folder or hub name"})
+    prompt: str = field(default="", metadata={"help": "answer this once and exit"})
+    max_new_tokens: int = field(default=256, metadata={"help": "tokens an answer may have"})
+    temperature: float = field(default=0.0, metadata={"help": "0 always takes the likeliest token"})
+    top_p: float = field(default=1.0, metadata={"help": "nucleus sampling, with a temperature over 0"})
+    seed: int = field(default=1234, metadata={"help": "of the sampling"})
+
+
+def load(path):
+    """Folder or hub name -> (tokenizer, model in eval mode on the GPU if there is one)."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--path {path}: no language model could be loaded ({str(error).splitlines()[0]}). "
+                         "Train one with run_all.sh, or give a folder or hub name.") from error
+    return load_tokenizer(path), model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def encode(tokenizer, messages, room):
+    """Messages -> (1, P) ids with an open assistant's turn; drops the oldest exchange until P <= room -> ids, exchanges dropped."""
+    for dropped in range(0, len(messages), 2):
+        text = tokenizer.apply_chat_template(messages[dropped:], tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        if ids.size(1) <= room:
+            return ids, dropped // 2
+    raise UsageError(f"the message has {ids.size(1)} tokens; this model has room for {room} beside an answer of --max_new_tokens. "
+                     "Shorten one of them.")
+
+
+def main(config):
+    tokenizer, model = load(config.path)
+    positions = getattr(model.config, "max_position_embeddings", None) or 2**31
+    config.max_new_tokens = min(config.max_new_tokens, positions // 2)
+    ends = model.generation_config.eos_token_id  # a list where several tokens end an answer
+    sampling = {"do_sample": False} if config.temperature == 0 else {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    settings = GenerationConfig(max_new_tokens=config.max_new_tokens, eos_token_id=ends or tokenizer.eos_token_id,
+                                pad_token_id=tokenizer.pad_token_id, **sampling)
+
+    def answer(messages):
+        """Streams the answer to standard output as it is made, and returns it."""
+        ids, dropped = encode(tokenizer, messages, positions - config.max_new_tokens)
+        if dropped:
+            print(f"(the model's {positions} positions are full: the oldest {dropped} exchange(s) are forgotten)", file=sys.stderr)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids = ids.to(model.device)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
+        return tokenizer.decode(out[0, ids.size(1):], skip_special_tokens=True).strip()
+
+    torch.manual_seed(config.seed)
+    if config.prompt:
+        answer([{"role": "user", "content": config.prompt}])
+        return
+    print(f"{config.path}: {model.num_parameters() / 1e6:.1f}M parameters on {model.device}. /reset starts over, /quit leaves.")
+    messages = []
+    while True:
+        try:
+            line = input("\nHuman: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line == "/quit":
+            return
+        if line == "/reset":
+            messages = []
+            print("(a new conversation)")
+        elif line:
+            print("\nAssistant: ", end="", flush=True)
+            try:
+                reply = answer(messages + [{"role": "user", "content": line}])
+            except KeyboardInterrupt:  # stops this answer, not the conversation
+                print()
+                continue
+            except UsageError as error:
+                print(error)
+                continue
+            messages += [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_config(Config, __doc__))
+    except UsageError as error:
+        sys.exit(f"chat.py: error: {error}")

@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# The whole story: supervised fine-tuning, reward model, PPO, and a chat with the result.
+#
+#   bash run_all.sh MODEL HARDWARE [flags for all three stages]
+#
+#   MODEL      tiny (a 2M-parameter OPT, trained from nothing on the built-in task) | opt-125m | opt-350m | opt-1.3b | opt-2.7b |
+#              opt-6.7b | opt-13b | opt-30b | opt-66b | llama-2-7b | llama-2-13b | llama-2-70b | a model folder | a hub name
+#   HARDWARE   cpu | 1gpu | 1node (all GPUs of this host) | multinode (the hosts of $HOSTFILE, default /job/hostfile)
+#
+#   bash run_all.sh tiny cpu                                   # minutes on a laptop
+#   bash run_all.sh opt-1.3b 1gpu
+#   bash run_all.sh opt-13b 1node --data_path Dahoas/rm-static my_pairs.jsonl --output_dir runs/13b
+#   STEP3_ARGS="--kl_coef 0.1 --ppo_epochs 2" bash run_all.sh tiny cpu        # flags for one stage
+#   bash run_all.sh setup                                      # only make the environment (.venv)
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+stop() { echo "run_all.sh: error: $*" >&2; exit 2; }
+
+# -----------------------------------------------------------------------------
+# the environment: the Python at hand if it has all that is needed, else .venv, made on the first run
+
+python=python3
+if ! $python -c 'import torch, deepspeed, transformers, datasets, sentencepiece, accelerate' 2>/dev/null; then
+  python=$here/.venv/bin/python
+  if ! { [ -e "$here/.venv/ready" ] && cmp -s "$here/.venv/ready" "$here/requirements.txt"; }; then
+    echo "run_all.sh: installing requirements.txt into $here/.venv (once, some minutes)"
+    python3 -m venv "$here/.venv"
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+    cp "$here/requirements.txt" "$here/.venv/ready"
+  fi
+  export PATH="$here/.venv/bin:$PATH"
+fi
+[ "${1:-}" = setup ] && exit 0
+
+[ $# -ge 2 ] || stop "usage: bash run_all.sh MODEL HARDWARE [flags]; for example: bash run_all.sh tiny cpu"
+model=$1 hardware=$2
+shift 2
+
+# -----------------------------------------------------------------------------
+# hardware: how DeepSpeed starts the processes
+
+case $hardware in
+  cpu)       launch="deepspeed --num_accelerators 1" ;;
+  1gpu)      launch="deepspeed --num_gpus 1" ;;
+  1node)     launch="deepspeed" ;;
+  multinode) launch="deepspeed --hostfile ${HOSTFILE:-/job/hostfile}"
+             [ -e "${HOSTFILE:-/job/hostfile}" ] || stop "multinode needs a hostfile with lines like 'host1 slots=8'; name it in HOSTFILE" ;;
+  *) stop "HARDWARE '$hardware' is unknown; accepted: cpu, 1gpu, 1node, multinode" ;;
+esac
+
+# -----------------------------------------------------------------------------
+# model: what to start from, and flags by size. The OPT recipes are DeepSpeed-Chat's (learning rates, batch sizes, OPT-350M as
+# critic) but for what its authors found out later: 1 epoch of SFT instead of 16, LoRA alone where it is used.
+
+out=output
+for ((i = 1; i < $#; i++)); do [ "${!i}" = --output_dir ] && { next=$((i + 1)); out=${!next}; }; done
+data="--data_path Dahoas/rm-static"
+critic=facebook/opt-350m
+sft="--learning_rate 9.65e-6" reward="--learning_rate 5e-5 --weight_decay 0.1"
+ppo="--actor_learning_rate 9.65e-6 --critic_learning_rate 5e-6 --num_warmup_steps 100"
+case $model in
+  tiny)
+    base=tiny critic=$out/sft data="--data_path toy"
+    sft="--learning_rate 1e-3 --num_warmup_steps 30 --max_steps 600 --per_device_train_batch_size 16 --gradient_accumulation_steps 4"
+    reward="--learning_rate 5e-4 --num_warmup_steps 30 --max_steps 500 --per_device_train_batch_size 16 --gradient_accumulation_steps 2"
+    ppo="--actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --num_warmup_steps 5 --max_steps 80 --per_device_generation_batch_size 64
+         --per_device_train_batch_size 64"
+    data+=" --max_answer_seq_len 40" ;;
+  opt-125m | opt-350m | opt-1.3b | opt-2.7b)
+    base=facebook/$model
+    sft+=" --per_device_train_batch_size 16 --gradient_accumulation_steps 4"
+    reward+=" --per_device_train_batch_size 16 --gradient_accumulation_steps 4"
+    ppo+=" --per_device_generation_batch_size 64 --per_device_train_batch_size 16 --gradient_accumulation_steps 2" ;;
+  opt-6.7b | opt-13b | opt-30b | opt-66b | llama-2-7b | llama-2-13b | llama-2-70b)
+    case $model in opt-*) base=facebook/$model ;; *) base=meta-llama/Llama-${model#llama-}-hf critic=$out/sft ;; esac
+    sft+=" --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --gradient_checkpointing"
+    reward+=" --per_device_train_batch_size 4 --gradient_accumulation_steps 4"
+    ppo+=" --per_device_generation_batch_size 32 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --gradient_checkpointing"
+    if [ "$hardware" = 1gpu ]; then  # the weights alone fill the card: adapters, and the reference model for nothing
+      sft+=" --lora_dim 128 --only_optimize_lora --learning_rate 5e-4"
+      ppo+=" --lora_dim 128 --only_optimize_lora --actor_learning_rate 5e-4"
+    fi ;;
+  */* | .*)
+    base=$model critic=$out/sft
+    case $model in
+      /* | ./* | ../*) [ -d "$model" ] || stop "MODEL '$model': no such folder" ;;
+    esac
+    sft="--learning_rate 1e-5" reward="--learning_rate 1e-5" ppo="" ;;
+  *)
+    [ -d "$model" ] || stop "MODEL '$model' is neither a preset, a folder nor a hub name (owner/name); presets: tiny, opt-125m, opt-350m," \
+      "opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, llama-2-7b, llama-2-13b, llama-2-70b"
+    base=$model critic=$out/sft sft="" reward="" ppo="" ;;
+esac
+
+# -----------------------------------------------------------------------------
+# the three stages; the first that fails ends the run
+
+config="--deepspeed_config $here/configs/$hardware.json"
+stage() {  # name, flags
+  local name=$1 began=$SECONDS
+  shift
+  echo; echo "=== $name: $launch $name.py $*"
+  $launch "$here/$name.py" "$@" || stop "$name.py failed; its last lines above say why"
+  echo "=== $name took $((SECONDS - began)) s"
+}
+stage step1_sft $config --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-}
+stage step2_reward $config --model_name_or_path "$critic" $data $reward "$@" ${STEP2_ARGS:-}
+stage step3_ppo $config --actor_model_name_or_path "$out/sft" --critic_model_name_or_path "$out/reward" $data $ppo "$@" ${STEP3_ARGS:-}
+
+# -----------------------------------------------------------------------------
+# the numbers, from output/summary.json
+
+$python - "$out/summary.json" <<'PYTHON'
+import json, sys
+summary = json.load(open(sys.argv[1]))
+print(f"\n{'stage':<8}{'seconds':>9}   held-out result        ({summary['model']} on {summary['hardware']}, seed {summary['seed']})")
+for stage, names in (("sft", ("perplexity", "gold")), ("reward", ("accuracy",)), ("ppo", ("score", "kl", "gold"))):
+    results = "   ".join(f"{name} {summary[stage][name]:.3f}" for name in names if name in summary[stage])
+    print(f"{stage:<8}{summary[stage]['seconds']:>9.0f}   {results}")
+print(f"{'all':<8}{summary['seconds']:>9.0f}")
+PYTHON
+echo; echo "Talk to it: $python chat.py --path $out/actor"
