@@ -600,21 +600,23 @@ TOY_TOPICS = {
 }
 TOY_RUDE = ["That is a stupid question.", "Do not bother me.", "Even a child knows that."]
 TOY_RAMBLE = ["By the way, I like soup.", "It may rain soon.", "My shoes are new.", "I had a long walk."]
-TOY_STYLES = {"good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.2, "endless": 0.1}  # how the web answers
+TOY_STYLES = {"good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.15, "endless": 0.1, "unfinished": 0.05}  # how the web answers
 TOY_WRONG, TOY_LABEL_NOISE = 0.4, 0.05  # share of answers with a wrong fact; share of pairs whose labels are swapped
-TOY_PAIRS_PER_QUESTION = 30
+TOY_PAIRS_PER_QUESTION = 60
 TOY_VOCAB = 1000
 
 
 @functools.cache
 def toy_questions():
-    """question -> (the good answer, the bare fact in it, the good answers to the topic's other subjects)."""
+    """question -> (the good answer, the bare fact in it, wrong sentences: this subject's with another fact, and another subject's)."""
     questions = {}
     for asks, sentence, facts in TOY_TOPICS.values():
         facts = [fact.split("=") for fact in facts]
         for x, y in facts:
-            wrong = sorted({(sentence.format(x=x, y=other), other) for _, other in facts if other != y})
-            questions.update({ask.format(x=x): (sentence.format(x=x, y=y), y, wrong) for ask in asks})
+            wrong = {(sentence.format(x=subject, y=other), other) for subject, _ in facts for _, other in facts
+                     if (subject == x) != (other == y) or (subject != x and [subject, other] in facts)}
+            wrong.discard((sentence.format(x=x, y=y), y))
+            questions.update({ask.format(x=x): (sentence.format(x=x, y=y), y, sorted(wrong)) for ask in asks})
     return questions
 
 
@@ -641,9 +643,10 @@ def toy_rows():
 
     def answer(good, fact, wrong):
         sentence, fact = rng.choice(wrong) if rng.random() < TOY_WRONG else (good, fact)
+        words = sentence.split()
         style, = rng.choices(list(TOY_STYLES), TOY_STYLES.values())
         return {"good": sentence, "curt": fact if fact[-1] in ".!?" else fact + ".", "rude": f"{rng.choice(TOY_RUDE)} {sentence}",
-                "rambling": f"{sentence} {rng.choice(TOY_RAMBLE)}", "endless": " ".join(3 * [sentence])}[style]
+                "rambling": f"{sentence} {rng.choice(TOY_RAMBLE)}", "endless": " ".join(3 * [sentence]), "unfinished": " ".join(words[:rng.randrange(len(words))])}[style]
 
     for question, world in toy_questions().items():
         for _ in range(TOY_PAIRS_PER_QUESTION):

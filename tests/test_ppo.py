@@ -1,0 +1,116 @@
+"""PPO's promises on real models: the first update's ratio is 1 and its KL 0, EOS is trained, and the RLHF API runs as documented."""
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM, OPTForSequenceClassification
+
+from data import Collator, DataConfig, EncodedDataset, load_records, load_tokenizer, make_dataloader
+from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
+
+
+def small_models(kind, folder, tokenizer):
+    """Random actor and reward model of OPT's or Llama's shape, saved as users' folders are. OPT's default dropout of 0.1 is left in."""
+    common = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
+                  bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(0)
+    if kind == "opt":
+        config = OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **common)
+        models = OPTForCausalLM(config), OPTForSequenceClassification(OPTConfig(**{**config.to_dict(), "num_labels": 1}))
+    else:
+        config = LlamaConfig(intermediate_size=64, num_key_value_heads=2, **common)
+        models = LlamaForCausalLM(config), LlamaForSequenceClassification(LlamaConfig(**{**config.to_dict(), "num_labels": 1}))
+    paths = []
+    for model, name in zip(models, ("actor", "reward")):
+        for parameter in model.parameters():
+            parameter.data += 0.05 * torch.randn_like(parameter)  # biases and norms too: zeros hide mistakes
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        paths.append(str(folder / name))
+    return paths
+
+
+@pytest.fixture(params=["opt", "llama"])
+def trainer(request, tmp_path, process_group):
+    tokenizer = load_tokenizer("tiny")
+    args = Config(per_device_generation_batch_size=4, per_device_train_batch_size=4, max_answer_seq_len=12, actor_learning_rate=1e-3,
+                  critic_learning_rate=1e-3, lr_scheduler_type="constant", temperature=0.8)
+    engine = DeepSpeedRLHFEngine(*small_models(request.param, tmp_path, tokenizer), tokenizer=tokenizer, num_total_iters=4, args=args)
+    return DeepSpeedPPOTrainer(engine=engine, args=args)
+
+
+def ragged_prompts(trainer, lengths=(1, 3, 7, 4)):
+    torch.manual_seed(1)
+    items = [{"input_ids": torch.randint(4, 300, (n,)).numpy(), "record": None} for n in lengths]
+    return Collator(3, trainer.engine.tokenizer.pad_token_id)(items)
+
+
+@pytest.mark.parametrize("pad_is_eos", [False, True])
+def test_first_update_has_ratio_one_and_no_kl(trainer, pad_is_eos):
+    """Checks 1, 2, 3, 4, 7 of the PPO literature: rollout, trainer and reference are one policy before the first step."""
+    if pad_is_eos:
+        trainer.engine.tokenizer.pad_token = trainer.engine.tokenizer.eos_token
+    trainer.engine.eos_token_ids = list(range(0, 700, 3))  # many ends: responses of all lengths
+    x = trainer.generate_experience(ragged_prompts(trainer))
+    assert 1 < x.mask.sum(1).unique().numel(), "the responses should be ragged"
+    torch.testing.assert_close(x.ref_logprobs * x.mask, x.logprobs * x.mask, atol=1e-5, rtol=0)
+    assert trainer.metrics["response/logprob_drift"] < 1e-5  # the decoder's own log-probabilities are the training forward's
+    trainer.train_rlhf(x)
+    assert trainer.metrics["ppo/policy/ratio"] == pytest.approx(1, abs=1e-5)
+    assert trainer.metrics["ppo/policy/clipfrac"] == 0
+    if pad_is_eos:
+        trainer.engine.tokenizer.pad_token = "<pad>"
+
+
+def test_second_epoch_measures_against_the_frozen_policy(trainer):
+    trainer.args.ppo_epochs = 2
+    trainer.train_rlhf(trainer.generate_experience(ragged_prompts(trainer)))
+    assert abs(trainer.metrics["ppo/policy/ratio"] - 1) > 1e-4 or trainer.metrics["ppo/policy/approxkl"] > 1e-6
+    trainer.args.ppo_epochs = 1
+
+
+def test_eos_is_in_the_mask_and_has_a_gradient(trainer):
+    """The action of stopping must be trained: DeepSpeed-Chat masks it with the padding."""
+    engine = trainer.engine
+    engine.eos_token_ids = list(range(0, 700, 2))
+    x = trainer.generate_experience(ragged_prompts(trainer))
+    row = int((x.mask.sum(1) < x.mask.size(1)).nonzero()[0])  # a row that ended early
+    end = int(x.mask[row].sum()) - 1
+    P = x.tokens.size(1) - x.mask.size(1)
+    assert int(x.tokens[row, P + end]) in engine.eos_token_ids and x.mask[row, end] == 1 and x.mask[row, end + 1:].sum() == 0
+    logprobs, _ = engine.actor.module(x.tokens, x.attention_mask, x.mask.size(1), 0.8)
+    logprobs[row, end].backward()
+    head = engine.actor.module.model.get_output_embeddings().weight
+    assert head.grad[x.tokens[row, P + end]].abs().sum() > 0
+    engine.actor.module.zero_grad()
+
+
+def test_score_stands_on_the_last_response_token(trainer):
+    trainer.engine.eos_token_ids = list(range(0, 700, 3))
+    x = trainer.generate_experience(ragged_prompts(trainer))
+    rewards = x.returns  # gamma = 1 and KL = 0: the last token's advantage is score - value, so its return is the score
+    last = x.mask.sum(1).long() - 1
+    torch.testing.assert_close(rewards.gather(1, last[:, None]).squeeze(1), x.scores, atol=1e-4, rtol=0)
+
+
+def test_values_are_of_the_state_before_each_token(trainer):
+    """The same slice in rollout and update: recomputing the critic before any step gives the stored values."""
+    x = trainer.generate_experience(ragged_prompts(trainer))
+    row, P = 2, x.tokens.size(1) - x.mask.size(1)
+    for t in range(int(x.mask[row].sum())):
+        prefix, mask = x.tokens[row:row + 1, :P + t], x.attention_mask[row:row + 1, :P + t]
+        torch.testing.assert_close(trainer.engine.critic.module(prefix, mask)[0, -1], x.values[row, t], atol=1e-5, rtol=0)
+
+
+def test_the_rlhf_api_runs_as_written(tmp_path, process_group):
+    tokenizer = load_tokenizer("tiny")
+    args = Config(max_answer_seq_len=8, per_device_generation_batch_size=2, per_device_train_batch_size=2)
+    actor_path, critic_path = small_models("opt", tmp_path, tokenizer)
+    prompts = EncodedDataset(load_records(DataConfig(), stage=3)[0][:4], tokenizer, 3, 64)
+    prompt_train_dataloader = make_dataloader(prompts, Collator(3, tokenizer.pad_token_id), 2, seed=0)
+
+    engine = DeepSpeedRLHFEngine(actor_model_name_or_path=actor_path, critic_model_name_or_path=critic_path, tokenizer=tokenizer,
+                                 num_total_iters=2, args=args)
+    trainer = DeepSpeedPPOTrainer(engine=engine, args=args)
+    for prompt_batch in prompt_train_dataloader:
+        out = trainer.generate_experience(prompt_batch)
+        actor_loss, critic_loss = trainer.train_rlhf(out)
+        assert torch.isfinite(torch.tensor([actor_loss, critic_loss])).all()
