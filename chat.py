@@ -1,30 +1,33 @@
 """
 A conversation with a trained model, in the terminal:
 
-    python chat.py --path output/actor                                             # /reset starts over, /quit or end of input leaves
-    python chat.py --path output/actor --prompt "What is the opposite of hot?"     # one answer on standard output, for scripts
+    python chat.py --path output/actor                                             # /reset starts over, /quit or end
+                                                                                   of input leaves
+    python chat.py --path output/actor --prompt "What is the opposite of hot?"     # one answer on standard output,
+                                                                                   for scripts
 
-The folder is a plain Hugging Face one: its chat template formats the conversation as it was trained on, transformers generates.
+The folder is a plain Hugging Face one: its chat template formats the conversation as it was trained on, transformers
+generates.
 When a conversation outgrows the model's positions, the oldest exchanges are forgotten, and that is said.
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 
-from data import UsageError, load_tokenizer, parse_config
+from data import UsageError, flag, load_tokenizer, parse_config
 
 
 @dataclass
 class Config:
-    path: str = field(default="output/actor", metadata={"help": "model folder or hub name"})
-    prompt: str = field(default="", metadata={"help": "answer this once and exit"})
-    max_new_tokens: int = field(default=256, metadata={"help": "tokens an answer may have"})
-    temperature: float = field(default=0.0, metadata={"help": "0 always takes the likeliest token"})
-    top_p: float = field(default=1.0, metadata={"help": "nucleus sampling, with a temperature over 0"})
-    seed: int = field(default=1234, metadata={"help": "of the sampling"})
+    path: str = flag("output/actor", "model folder or hub name")
+    prompt: str = flag("", "answer this once and exit")
+    max_new_tokens: int = flag(256, "tokens an answer may have")
+    temperature: float = flag(0.0, "0 always takes the likeliest token")
+    top_p: float = flag(1.0, "nucleus sampling, with a temperature over 0")
+    seed: int = flag(1234, "of the sampling")
 
 
 def load(path):

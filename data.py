@@ -9,8 +9,10 @@ Everything becomes one record first, then token ids, then a batch:
 
 Which tokens are trained on is known by construction (the answer starts where the prompt ends) and never searched for.
 
-Sources (`--data_path`, one or more): `toy` (the built-in task, last section), a local .json, .jsonl, .csv or .parquet file
-(.gz too), a folder with train and test files, or a dataset's hub name. Its columns decide how a row is read (`FORMS`); to add a
+Sources (`--data_path`, one or more): `toy` (the built-in task, last section), a local .json, .jsonl, .csv or .parquet
+file
+(.gz too), a folder with train and test files, or a dataset's hub name. Its columns decide how a row is read
+(`FORMS`); to add a
 form, write one small function and put it in that list. `--data_split 2,4,4` deals each source's rows to the three
 stages as DeepSpeed-Chat does, so no stage trains on another's rows; one prompt in ten is held out from all three.
 
@@ -50,17 +52,24 @@ class UsageError(ValueError):
 # -----------------------------------------------------------------------------
 # flags
 
+def flag(default, text):
+    """A config field: its default, and the line that --help shows."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class DataConfig:
-    data_path: list[str] = field(default_factory=lambda: ["toy"], metadata={"help": "sources: toy, files, folders, hub names"})
-    data_split: str = field(default="2,4,4", metadata={"help": "shares of the rows for SFT, reward model and PPO"})
-    data_weights: list[float] = field(default_factory=list, metadata={"help": "copies of each source in the blend; 0.5 is every other row, default 1"})
-    max_eval_samples: int = field(default=512, metadata={"help": "held-out rows used for evaluation, at most"})
-    max_seq_len: int = field(default=512, metadata={"help": "tokens of prompt and answer together; longer answers are cut"})
-    max_prompt_seq_len: int = field(default=256, metadata={"help": "tokens of a prompt at generation; longer prompts are dropped"})
-    max_answer_seq_len: int = field(default=256, metadata={"help": "tokens of an answer at generation"})
-    chat_template: str = field(default="", metadata={"help": "Jinja text or file; default: the tokenizer's own, else Human/Assistant"})
-    seed: int = field(default=1234, metadata={"help": "of the split, the order, the initial weights and the sampling"})
+    data_path: list[str] = flag(["toy"], "sources: toy, files, folders, hub names")
+    data_split: str = flag("2,4,4", "shares of the rows for SFT, reward model and PPO")
+    data_weights: list[float] = flag([], "copies of each source in the blend; 0.5 is every other row; default 1")
+    max_eval_samples: int = flag(512, "held-out rows used for evaluation, at most")
+    max_seq_len: int = flag(512, "tokens of prompt and answer together; longer answers are cut")
+    max_prompt_seq_len: int = flag(256, "tokens of a prompt at generation; longer prompts are dropped")
+    max_answer_seq_len: int = flag(256, "tokens of an answer at generation")
+    chat_template: str = flag("", "Jinja text or file; default: the tokenizer's own, else Human/Assistant")
+    seed: int = flag(1234, "of the split, the order, the initial weights and the sampling")
 
 
 def parse_config(config_class, doc, argv=None):
@@ -267,8 +276,10 @@ def read_source(source):
 
 def hold_out(records, seed, share=0.1):
     """
-    (training, held-out) records for a source without a test split. Whole prompts are held out, not rows: no prompt of the second list
-    occurs in the first. Which ones depends on the prompt's text and the seed alone, so it is the same on every rank and host.
+    (training, held-out) records for a source without a test split. Whole prompts are held out, not rows: no prompt of
+    the second list
+    occurs in the first. Which ones depends on the prompt's text and the seed alone, so it is the same on every rank
+    and host.
     """
     key = lambda record: json.dumps(record.prompt, ensure_ascii=False, sort_keys=True)
     order = sorted({key(r) for r in records}, key=lambda k: (zlib.crc32(f"{seed} {k}".encode()), k))
@@ -278,7 +289,8 @@ def hold_out(records, seed, share=0.1):
 
 def split_indices(n, data_split, stage, seed):
     """
-    Row numbers that belong to `stage` (1, 2 or 3) out of n, as DeepSpeed-Chat deals them (get_raw_dataset_split_index):
+    Row numbers that belong to `stage` (1, 2 or 3) out of n, as DeepSpeed-Chat deals them
+    (get_raw_dataset_split_index):
     shares are normalised, each part is rounded, the first absorbs what rounding leaves; one seeded permutation is cut
     at the bounds. The parts are disjoint, complete, and depend on n, data_split and seed only.
     """
@@ -296,7 +308,8 @@ def split_indices(n, data_split, stage, seed):
 
 def load_records(config, stage, log=print):
     """
-    (training, held-out) lists of Preference for a stage: 1 SFT, 2 reward model, 3 PPO. The held-out rows are the same in all stages,
+    (training, held-out) lists of Preference for a stage: 1 SFT, 2 reward model, 3 PPO. The held-out rows are the same
+    in all stages,
     which none of them trains on (DeepSpeed-Chat deals those out too, for no reason we could find).
 
     raises UsageError for a source that is missing, malformed, empty or without the columns the stage needs
@@ -349,7 +362,8 @@ CHAT_TEMPLATE = """{{ bos }}{% for message in messages %}{% if message.role == '
 def load_tokenizer(name_or_path, chat_template=""):
     """
     The tokenizer of a model folder, hub name or the preset `tiny`, left as it is but for two things:
-    a pad token that is not EOS (so that "the last token that is not padding" is well defined for everybody who loads the model),
+    a pad token that is not EOS (so that "the last token that is not padding" is well defined for everybody who loads
+    the model),
     and a chat template where it has none.
     """
     if name_or_path == "tiny":
@@ -383,7 +397,8 @@ def encode_prompt(tokenizer, messages):
 
 def encode_answer(tokenizer, messages, answer):
     """
-    -> (prompt ids, answer ids). The answer ends with EOS. The prompt is tokenised as it will be at generation, by itself: its ids
+    -> (prompt ids, answer ids). The answer ends with EOS. The prompt is tokenised as it will be at generation, by
+    itself: its ids
     are what the model sees before it answers, even where prompt and answer would merge at their seam.
     """
     prompt_text, prompt = encode_prompt(tokenizer, messages)
@@ -407,7 +422,8 @@ class EncodedDataset(Dataset):
     stage 2  chosen, rejected                                            prompt + answer + EOS each
     stage 3  input_ids, record                                           the prompt alone
 
-    Answers that do not fit max_seq_len are cut (and lose their EOS: what was cut does not end there); prompts that leave
+    Answers that do not fit max_seq_len are cut (and lose their EOS: what was cut does not end there); prompts that
+    leave
     no room for an answer, or exceed max_prompt_seq_len in stage 3, are dropped. Both are counted and said.
     """
 
@@ -463,7 +479,8 @@ class Collator:
 
     stage 1  input_ids, attention_mask (B, T) int64, right-padded; loss_mask (B, T) float32, 1 on trained tokens
     stage 2  input_ids, attention_mask (2B, T) int64, right-padded: B chosen, then their B rejected
-    stage 3  input_ids, attention_mask (B, P) int64, left-padded: the answers start in the same column; records, a list
+    stage 3  input_ids, attention_mask (B, P) int64, left-padded: the answers start in the same column; records, a
+             list
     """
 
     def __init__(self, stage, pad_token_id, train_on_prompt=False):
@@ -487,7 +504,8 @@ class Collator:
 def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, shuffle=True):
     """
     Every rank gets its share of the same seeded order; the last incomplete batch is dropped when training.
-    The k-th batches of all ranks together are the same rows for any number of ranks. Call `.sampler.set_epoch` each epoch.
+    The k-th batches of all ranks together are the same rows for any number of ranks. Call `.sampler.set_epoch` each
+    epoch.
     """
     if shuffle and len(dataset) < batch_size * world_size:
         raise UsageError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on {world_size} process(es); "
@@ -498,7 +516,8 @@ def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, sh
 
 class MicroBatches:
     """
-    Collates the rows of one optimizer step into `parts` micro-batches of similar length: short rows are not padded to the length of long
+    Collates the rows of one optimizer step into `parts` micro-batches of similar length: short rows are not padded to
+    the length of long
     ones, and the step's gradient is the same, since it is normalised over the step and not over each micro-batch.
     """
 
@@ -622,8 +641,10 @@ def toy_questions():
 
 def toy_gold(question, answer):
     """
-    The true objective of the toy task, in [0, 1]: 1 for the right fact in one polite sentence, 0.5 if curt (the bare fact) or
-    rambling (one more sentence), 0.25 if rude (something before it) or endless (more after it), 0 if the fact is wrong or absent.
+    The true objective of the toy task, in [0, 1]: 1 for the right fact in one polite sentence, 0.5 if curt (the bare
+    fact) or
+    rambling (one more sentence), 0.25 if rude (something before it) or endless (more after it), 0 if the fact is
+    wrong or absent.
     """
     good, fact, _ = toy_questions()[question]
     answer = " ".join(answer.split())
@@ -667,7 +688,8 @@ def gold_scorer(config):
 @functools.cache
 def toy_tokenizer():
     """
-    A SentencePiece tokenizer trained on the toy world's text, in about a second. Training is deterministic, so every rank on
+    A SentencePiece tokenizer trained on the toy world's text, in about a second. Training is deterministic, so every
+    rank on
     every host makes its own and needs no shared file. Bytes stand in for what the world does not contain.
     """
     import sentencepiece
@@ -688,7 +710,7 @@ def toy_tokenizer():
 def main():
     @dataclass
     class Config(DataConfig):
-        model_name_or_path: str = field(default="tiny", metadata={"help": "whose tokenizer to use"})
+        model_name_or_path: str = flag("tiny", "whose tokenizer to use")
 
     config = parse_config(Config, __doc__)
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)

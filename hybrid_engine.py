@@ -1,16 +1,20 @@
 """
 The hybrid engine: how can the weights being trained also generate fast?
 
-DeepSpeed trains (ZeRO, offload, its launcher, its checkpoints); one decoder of our own generates, for all model families,
-from the very same weights. In order: flags and processes; models in and out of Hugging Face folders; LoRA; DeepSpeed; the decoder
+DeepSpeed trains (ZeRO, offload, its launcher, its checkpoints); one decoder of our own generates, for all model
+families,
+from the very same weights. In order: flags and processes; models in and out of Hugging Face folders; LoRA; DeepSpeed;
+the decoder
 (rollouts, KV cache, families, sampling); the class that holds training and generation together.
 
 Memory, bytes per parameter of a trained model, before activations (N ranks):
 
     training     fp32: 4 weights + 4 gradients + 8 Adam          bf16: 2 + 2 + 4 master + 8 Adam
                  ZeRO 1 divides Adam (and master) by N, ZeRO 2 gradients too, ZeRO 3 weights too
-    generation   + what the decoder must fuse (the query, key and value matrices, about a quarter of a block), the rest
-                 is read where it is trained; LoRA: + the merged matrices; ZeRO 3: + one whole copy in the compute dtype
+    generation   + what the decoder must fuse (the query, key and value matrices, about a quarter of a block), the
+                 rest
+                 is read where it is trained; LoRA: + the merged matrices; ZeRO 3: + one whole copy in the compute
+                 dtype
     KV cache     2 x layers x B x T x kv_heads x head_dim x bytes, allocated when a rollout starts, freed when it ends
 
 Everything here speaks token ids; text is data.py's.
@@ -29,7 +33,7 @@ import socket
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import warnings
@@ -45,7 +49,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
-from data import UsageError, parse_config
+from data import UsageError, flag, parse_config
 
 HERE = Path(__file__).resolve().parent
 
@@ -56,22 +60,22 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class EngineConfig:
     """Flags that the three stages share, beside data.DataConfig."""
-    output_dir: str = field(default="output", metadata={"help": "the run's folder; this stage writes its model below it"})
-    deepspeed_config: str = field(default="", metadata={"help": "DeepSpeed JSON; default configs/1gpu.json with a GPU, else configs/cpu.json"})
-    zero_stage: int = field(default=-1, metadata={"help": "0-3, over the JSON's; -1 leaves the JSON's"})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "rows in one forward and backward"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "such micro-batches in one optimizer step"})
-    weight_decay: float = field(default=0.0, metadata={"help": "of matrices; biases and norms have none"})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "a name that transformers.get_scheduler knows"})
-    num_warmup_steps: int = field(default=0, metadata={"help": "optimizer steps of linear warm-up"})
-    num_train_epochs: int = field(default=1, metadata={"help": "passes over this stage's rows"})
-    max_steps: int = field(default=-1, metadata={"help": "steps at most; -1: as many as the epochs have"})
-    logging_steps: int = field(default=10, metadata={"help": "steps between printed lines"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations in the backward pass"})
-    lora_dim: int = field(default=0, metadata={"help": "rank of LoRA adapters; 0 trains the weights themselves"})
-    lora_alpha: float = field(default=0.0, metadata={"help": "adapters are scaled by alpha / dim; 0: alpha = 2 dim"})
-    lora_module_name: str = field(default="", metadata={"help": "adapt linear layers whose name contains this; default: all in the blocks"})
-    only_optimize_lora: bool = field(default=False, metadata={"help": "freeze everything but the adapters"})
+    output_dir: str = flag("output", "the run's folder; this stage writes its model below it")
+    deepspeed_config: str = flag("", "DeepSpeed JSON; default configs/1gpu.json with a GPU, else configs/cpu.json")
+    zero_stage: int = flag(-1, "0-3, over the JSON's; -1 leaves the JSON's")
+    per_device_train_batch_size: int = flag(8, "rows in one forward and backward")
+    gradient_accumulation_steps: int = flag(1, "such micro-batches in one optimizer step")
+    weight_decay: float = flag(0.0, "of matrices; biases and norms have none")
+    lr_scheduler_type: str = flag("cosine", "a name that transformers.get_scheduler knows")
+    num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
+    num_train_epochs: int = flag(1, "passes over this stage's rows")
+    max_steps: int = flag(-1, "steps at most; -1: as many as the epochs have")
+    logging_steps: int = flag(10, "steps between printed lines")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
+    lora_dim: int = flag(0, "rank of LoRA adapters; 0 trains the weights themselves")
+    lora_alpha: float = flag(0.0, "adapters are scaled by alpha / dim; 0: alpha = 2 dim")
+    lora_module_name: str = flag("", "adapt linear layers whose name contains this; default: all in the blocks")
+    only_optimize_lora: bool = flag(False, "freeze everything but the adapters")
 
 
 def run_stage(main, config_class, doc):
@@ -88,7 +92,8 @@ def run_stage(main, config_class, doc):
 
 def setup(config):
     """
-    Starts the process group (one process without a launcher is world size 1), seeds, and prints device, dtype and batch arithmetic.
+    Starts the process group (one process without a launcher is world size 1), seeds, and prints device, dtype and
+    batch arithmetic.
     Returns the DeepSpeed settings (a dict) that every model of the stage is initialised with.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -174,7 +179,8 @@ def mean(numbers):
 
 class MetricsLog:
     """
-    Rank 0: one JSON object a step in `folder/metrics.jsonl`, every `every` steps a fixed-width line with speed and time left, and
+    Rank 0: one JSON object a step in `folder/metrics.jsonl`, every `every` steps a fixed-width line with speed and
+    time left, and
     DeepSpeed's monitor (TensorBoard, W&B, CSV: sections of the DeepSpeed JSON) where it is switched on.
     """
 
@@ -289,8 +295,10 @@ def load_model(name_or_path, tokenizer, settings, head="lm", score_from_lm=False
 
 def disable_dropout(config):
     """
-    Sets every dropout probability of a Hugging Face config to 0. In the config and not in nn.Dropout modules, because OPT and BLOOM
-    call dropout as a function; a rollout whose log-probabilities are noisy makes the PPO ratio differ from 1 before any update.
+    Sets every dropout probability of a Hugging Face config to 0. In the config and not in nn.Dropout modules, because
+    OPT and BLOOM
+    call dropout as a function; a rollout whose log-probabilities are noisy makes the PPO ratio differ from 1 before
+    any update.
     """
     for name, value in config.to_dict().items():
         if ("drop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -299,7 +307,8 @@ def disable_dropout(config):
 
 class RewardModel(nn.Module):
     """
-    A Hugging Face sequence classification model read at every position: the critic needs V(s_t) for all t, the reward model the last.
+    A Hugging Face sequence classification model read at every position: the critic needs V(s_t) for all t, the reward
+    model the last.
     The saved folder is the inner model's, so AutoModelForSequenceClassification gives the same score.
     """
 
@@ -325,7 +334,8 @@ class LanguageModel(nn.Module):
 
     def forward(self, input_ids, attention_mask, last, temperature=1.0):
         """
-        input_ids, attention_mask (B, T), padded on either side or both; last < T: how many of the columns at the end to score
+        input_ids, attention_mask (B, T), padded on either side or both; last < T: how many of the columns at the end
+        to score
         -> logprobs (B, last) float32, nats, of input_ids[:, -last:] given what precedes them, at this temperature;
            entropy (B, last) float32, nats, of the distribution each was drawn from, detached (for logging)
         """
@@ -354,8 +364,10 @@ def last_token(values, attention_mask):
 
 def save_model(engine, tokenizer, folder, averages=None):
     """
-    A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer with its chat template; LoRA is
-    merged into the weights and also saved as a PEFT adapter in folder/adapter. `averages` (by name) stand in for the weights they average. Collective under ZeRO 3; rank 0 writes.
+    A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer with its chat
+    template; LoRA is
+    merged into the weights and also saved as a PEFT adapter in folder/adapter. `averages` (by name) stand in for the
+    weights they average. Collective under ZeRO 3; rank 0 writes.
     Files are complete before they take their names, so an interrupted save leaves the older model loadable.
     """
     model = engine.module.model
@@ -387,7 +399,8 @@ def save_model(engine, tokenizer, folder, averages=None):
 
 
 # -----------------------------------------------------------------------------
-# LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): W x + (alpha / dim) B A x, with A (dim, in) and B (out, dim) trained
+# LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): W x + (alpha / dim) B A x, with A (dim, in) and B (out,
+# dim) trained
 
 class LoRALinear(nn.Module):
     """Wraps nn.Linear or GPT-2's Conv1D. B starts at zero, so the wrapped model starts as the plain one."""
@@ -495,7 +508,8 @@ def save_adapter(adapters, model, folder):
 
 def train_engine(model, settings, config, learning_rate, total_steps):
     """
-    A model (LanguageModel or RewardModel) -> DeepSpeed engine with AdamW and a learning-rate schedule over total_steps optimizer
+    A model (LanguageModel or RewardModel) -> DeepSpeed engine with AdamW and a learning-rate schedule over
+    total_steps optimizer
     steps. AdamW's eps is 1e-5, as in InstructGPT's lineage: with 1e-8 the first updates of PPO are near-sign steps.
     """
     if config.gradient_checkpointing:
@@ -527,8 +541,10 @@ def frozen_engine(model, settings):
 
 class ExponentialMovingAverage:
     """
-    average <- decay average + (1 - decay) weights, after every optimizer step, from a copy of the first weights (InstructGPT, appendix C:
-    0.992). It averages the optimizer's float32 master weights, on the CPU of rank 0: in bf16 a step of 0.8% of a small change rounds
+    average <- decay average + (1 - decay) weights, after every optimizer step, from a copy of the first weights
+    (InstructGPT, appendix C:
+    0.992). It averages the optimizer's float32 master weights, on the CPU of rank 0: in bf16 a step of 0.8% of a
+    small change rounds
     away, and under ZeRO 3 there is nothing else whole to average. Every rank must call `update`.
     """
 
@@ -549,8 +565,10 @@ class ExponentialMovingAverage:
 
 def train_step(engine, micro_batches, loss_sum, count):
     """
-    One optimizer step: minimises sum(loss_sum(micro_batch)) / count, where `count` (tokens, pairs) is the same sum's over all
-    micro-batches and ranks. So the gradient does not depend on how rows are dealt to micro-batches, padded or sharded.
+    One optimizer step: minimises sum(loss_sum(micro_batch)) / count, where `count` (tokens, pairs) is the same sum's
+    over all
+    micro-batches and ranks. So the gradient does not depend on how rows are dealt to micro-batches, padded or
+    sharded.
     Returns this rank's part of the loss, and the gradient's norm before clipping.
     """
     world, total = dist.get_world_size(), 0.0
@@ -579,9 +597,9 @@ def to_device(batch):
 
 @dataclass
 class Rollout:
-    """What `generate` returns. B rows (prompts x num_return_sequences, prompt-major), P prompt, R longest response."""
-    tokens: torch.Tensor    # (B, P + R) int64: prompts as given (left-padded), then responses, right-padded with pad_token_id
-    logprobs: torch.Tensor  # (B, R) float32, nats, under the distribution sampled from (temperature 1 if greedy); 0 after the end
+    """What `generate` returns: B rows (prompts x num_return_sequences, prompt-major), prompt P, longest response R."""
+    tokens: torch.Tensor    # (B, P + R) int64: prompts as given (left-padded), responses, right-padded with pad_token_id
+    logprobs: torch.Tensor  # (B, R) float32, nats, under the distribution sampled from (greedy: temperature 1); 0 after the end
     mask: torch.Tensor      # (B, R) float32: 1 on response tokens up to and including EOS, 0 after
 
 
@@ -589,29 +607,29 @@ class KVCache:
     """
     Keys and values of the rows in flight, all layers in one allocation.
 
-    data  (L, 2, B, KVH, T, D) model dtype: [layer, 0] keys, [layer, 1] values. Row b's columns start[b] .. column hold
-          its tokens; what lies left of them is padding (finite, masked), right of them unwritten memory (never read)
-    rows  how many of the B are still in flight: they lie at the front, so a buffer's address never changes
+    data  (L, 2, B, KVH, T, D) model dtype: [layer, 0] keys, [layer, 1] values. All rows write the same column; what lies left
+          of a row's first token is padding (finite, masked), right of the current column unwritten memory (never read)
+    rows  how many of the B are in flight: they lie at the front, so that compaction moves no address
     """
 
     def __init__(self, layers, rows, kv_heads, length, head_dim, dtype, device):
         self.data = torch.empty(layers, 2, rows, kv_heads, length, head_dim, dtype=dtype, device=device)
+
+    def use(self, rows):
+        """The first `rows` rows are in flight: makes the views of each layer that writing and reading go through."""
         self.rows = rows
+        self.layers = [layer[:, :rows] for layer in self.data]               # (2, rows, KVH, T, D)
+        self.flat = [layer.flatten(1, 2).unbind() for layer in self.layers]  # keys, values: (rows * KVH, T, D) each
 
     def write(self, layer, columns, kv):
         """kv (rows, 2, KVH, D) for one column, (rows, 2, KVH, columns, D) for a slice of them."""
-        self.data[layer, :, :self.rows, :, columns] = kv.transpose(0, 1)
-
-    def read(self, layer, columns):
-        """Keys and values of the slice `columns`: (rows * KVH, columns, D) each, views."""
-        k, v = self.data[layer, :, :self.rows].flatten(1, 2)[:, :, columns].unbind()
-        return k, v
+        self.layers[layer][:, :, :, columns] = kv.transpose(0, 1)
 
     def keep(self, rows, length):
-        """Compaction: the rows of the index `rows` (int64, ascending) move to the front, their first `length` columns."""
-        for layer in self.data:
+        """Compaction: the rows of the index `rows` (int64, ascending) move to the front, with their first `length` columns."""
+        for layer in self.layers:
             layer[:, :len(rows), :, :length] = layer[:, rows, :, :length]
-        self.rows = len(rows)
+        self.use(len(rows))
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -646,146 +664,151 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 # -----------------------------------------------------------------------------
 # families: where a Hugging Face model keeps its weights (attribute names as of transformers 5)
 
-class Unsupported(Exception):
-    """The canonical decoder cannot run this model; the text says why."""
-
-
 @dataclass
 class Family:
-    """Module names: `trunk` from the model, the next four from the trunk, the rest from a layer. Default: Llama's."""
+    """Module names: `trunk` from the model, embed to wpe from the trunk, the others from a layer. The defaults are Llama's."""
     trunk: str = "model"
     embed: str = "embed_tokens"
     layers: str = "layers"
     norm: str = "norm"
-    wpe: str = ""                                # learned absolute positions
-    norm_1: str = "input_layernorm"              # before attention (after it in OPT-350m)
+    wpe: str = ""                             # learned absolute positions
+    norm_1: str = "input_layernorm"           # before attention (after it in OPT-350m)
     qkv: tuple = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     out: str = "self_attn.o_proj"
-    norm_2: str = "post_attention_layernorm"     # before the MLP; "" where it reads norm_1's output (GPT-J)
-    up: tuple = ("mlp.gate_proj", "mlp.up_proj")
+    norm_2: str = "post_attention_layernorm"  # before the MLP; "" where the MLP reads norm_1's output (GPT-J)
+    gate: str = ""                            # activation(gate) * up; without a gate activation(up)
+    up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
-    activation: str = "hidden_act"               # the config's name for it
-    unfuse: object = None                        # fused QKV rows (3 H D, in), H, D -> q, k, v: (H, D, in) each
+    activation: str = "hidden_act"            # its name in the config
+    unfuse: object = None                     # rows of a fused QKV, heads, head width -> q, k, v: (H, D, in) each
 
 
-def _three_blocks(rows, heads, width):
-    return rows.unflatten(0, (3, heads, width)).unbind(0)
+def three_blocks(rows, H, D):
+    return rows.unflatten(0, (3, H, D)).unbind(0)
 
 
-def _per_head(rows, heads, width):
-    return rows.unflatten(0, (heads, 3, width)).unbind(1)
+def three_per_head(rows, H, D):
+    return rows.unflatten(0, (H, 3, D)).unbind(1)
 
 
-def _codegen(rows, heads, width):  # the rows of 4 TPU cores, each (query, value, key)
-    q, v, k = rows.unflatten(0, (4, 3, heads // 4, width)).unbind(1)
+def codegen_blocks(rows, H, D):  # one block for each of 4 TPU cores, in the order query, value, key
+    q, v, k = rows.unflatten(0, (4, 3, H // 4, D)).unbind(1)
     return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
 
 
-def _gpt(**names):
-    return Family(**{**dict(trunk="transformer", embed="wte", layers="h", norm="ln_f", norm_1="ln_1", norm_2="ln_2",
-                            activation="activation_function"), **names})
-
+GPT = dict(trunk="transformer", embed="wte", layers="h", norm="ln_f", norm_1="ln_1", norm_2="ln_2",
+           activation="activation_function")
+LLAMA = Family(gate="mlp.gate_proj")
 
 FAMILIES = {
-    "llama": Family(), "mistral": Family(), "qwen2": Family(), "qwen3": Family(), "gemma": Family(),
+    "llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": LLAMA, "gemma": LLAMA,
     "opt": Family(trunk="model.decoder", norm="final_layer_norm", wpe="embed_positions", norm_1="self_attn_layer_norm",
-                  out="self_attn.out_proj", norm_2="final_layer_norm", up=("fc1",), down="fc2",
+                  out="self_attn.out_proj", norm_2="final_layer_norm", up="fc1", down="fc2",
                   activation="activation_function"),
-    "gpt2": _gpt(wpe="wpe", qkv=("attn.c_attn",), unfuse=_three_blocks, out="attn.c_proj", up=("mlp.c_fc",),
-                 down="mlp.c_proj"),
-    "gpt_neo": _gpt(wpe="wpe", qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
-                    out="attn.attention.out_proj", up=("mlp.c_fc",), down="mlp.c_proj"),
-    "gptj": _gpt(qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"), out="attn.out_proj", norm_2="", up=("mlp.fc_in",),
-                 down="mlp.fc_out"),
-    "codegen": _gpt(qkv=("attn.qkv_proj",), unfuse=_codegen, out="attn.out_proj", norm_2="", up=("mlp.fc_in",),
-                    down="mlp.fc_out"),
-    "bloom": _gpt(embed="word_embeddings", norm_1="input_layernorm", qkv=("self_attention.query_key_value",),
-                  unfuse=_per_head, out="self_attention.dense", norm_2="post_attention_layernorm",
-                  up=("mlp.dense_h_to_4h",), down="mlp.dense_4h_to_h"),
+    "gpt2": Family(**GPT, wpe="wpe", qkv=("attn.c_attn",), unfuse=three_blocks, out="attn.c_proj", up="mlp.c_fc",
+                   down="mlp.c_proj"),
+    "gpt_neo": Family(**GPT, wpe="wpe", out="attn.attention.out_proj", up="mlp.c_fc", down="mlp.c_proj",
+                      qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj")),
+    "gptj": Family(**{**GPT, "norm_2": ""}, qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"), out="attn.out_proj",
+                   up="mlp.fc_in", down="mlp.fc_out"),
+    "codegen": Family(**{**GPT, "norm_2": ""}, qkv=("attn.qkv_proj",), unfuse=codegen_blocks, out="attn.out_proj",
+                      up="mlp.fc_in", down="mlp.fc_out"),
+    "bloom": Family(trunk="transformer", embed="word_embeddings", layers="h", norm="ln_f",
+                    qkv=("self_attention.query_key_value",), unfuse=three_per_head, out="self_attention.dense",
+                    up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
     "gpt_neox": Family(trunk="gpt_neox", embed="embed_in", norm="final_layer_norm", qkv=("attention.query_key_value",),
-                       unfuse=_per_head, out="attention.dense", up=("mlp.dense_h_to_4h",), down="mlp.dense_4h_to_h"),
+                       unfuse=three_per_head, out="attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
 }
 
-# config name -> the function, and its name in oneDNN, which applies it inside the matmul
-_TANH_GELU = (lambda x: F.gelu(x, approximate="tanh"), "gelu", "tanh")
+# name in a config -> the function, and its two names in oneDNN, which applies it inside the matmul
+TANH_GELU = (lambda x: F.gelu(x, approximate="tanh"), "gelu", "tanh")
 ACTIVATIONS = {"relu": (torch.relu, "relu", ""), "gelu": (F.gelu, "gelu", "none"), "silu": (F.silu, "swish", ""),
-               "gelu_new": _TANH_GELU, "gelu_pytorch_tanh": _TANH_GELU}
+               "gelu_new": TANH_GELU, "gelu_pytorch_tanh": TANH_GELU}
 
 
 def attention_window(config, layer):
-    """How many columns, its own included, a query of this layer sees; None for all of them."""
+    """How many columns, its own included, a query of this layer sees; None for all."""
     kinds = getattr(config, "attention_layers", None) or getattr(config, "layer_types", None)  # GPT-Neo; Qwen
     size = getattr(config, "window_size", None) or getattr(config, "sliding_window", None)
     return size if kinds is None or kinds[layer] in ("local", "sliding_attention") else None
 
 
 def attention_scale(config, layer, head_dim):
-    """What the scores are multiplied with: 1 / sqrt(D), but for GPT-Neo (1) and two switches of GPT-2."""
+    """What q . k is multiplied with: 1 / sqrt(D), but for GPT-Neo (1) and two switches of GPT-2."""
     scaled = config.model_type != "gpt_neo" and getattr(config, "scale_attn_weights", True)
-    by_layer = layer + 1 if getattr(config, "scale_attn_by_inverse_layer_idx", False) else 1
-    return (head_dim ** -0.5 if scaled else 1.0) / by_layer
+    depth = layer + 1 if getattr(config, "scale_attn_by_inverse_layer_idx", False) else 1
+    return (head_dim ** -0.5 if scaled else 1.0) / depth
 
 
 def alibi_slopes(heads):
-    """(H,) float32, Press et al. 2022: 2^(-8 i / n) for n a power of two; the rest interleave the next power's."""
+    """(H,) float32, Press et al. 2022: 2^(-8 i / n) for the power of two n <= H, then the odd ones of 2 n."""
     n = 2 ** int(math.log2(heads))
-    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
-    return torch.tensor(slopes)
+    return torch.tensor([2 ** (-8 * i / n) for i in range(1, n + 1)]
+                        + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)])
 
 
-def rotary_frequencies(model, trunk):
+def rotary_frequencies(model):
     """
-    Frequencies (r / 2,), factor on cos and sin, and whether pairs are neighbours (0, 1) or halves (0, r / 2); None for
-    a family without rotary embedding. r is the rotated part of a head. Llama 3's and other fixed scalings come with the
-    model's own module.
+    Frequencies (r / 2,) float32, r the rotated part of a head; the factor on cos and sin; whether pairs are neighbours
+    (0, 1) or halves (0, r / 2). None without rotary embedding. Llama 3's and other fixed scalings come with the model.
     """
+    if model.config.model_type in ("gptj", "codegen"):
+        r = model.config.rotary_dim
+        return 10000.0 ** (-torch.arange(0, r, 2, device=model.device) / r), 1.0, True
+    rotary = getattr(attrgetter(FAMILIES[model.config.model_type].trunk)(model), "rotary_emb", None)
+    return rotary and (rotary.inv_freq.float(), rotary.attention_scaling, False)
+
+
+def why_unsupported(model):
+    """None, or why the canonical decoder cannot run this model."""
     config = model.config
-    if config.model_type in ("gptj", "codegen"):
-        r = config.rotary_dim
-        return 10000.0 ** (-torch.arange(0, r, 2, device=model.device).float() / r), 1.0, True
-    if not hasattr(trunk, "rotary_emb"):
-        return None
-    rotary = trunk.rotary_emb
-    if rotary.rope_type in ("dynamic", "longrope"):
-        raise Unsupported(f"rope type {rotary.rope_type!r} changes its frequencies with the length")
-    return rotary.inv_freq.float(), rotary.attention_scaling, False
+    if config.model_type not in FAMILIES:
+        return f"model type {config.model_type!r} is not in hybrid_engine.FAMILIES ({', '.join(sorted(FAMILIES))})"
+    family = FAMILIES[config.model_type]
+    activation = getattr(config, family.activation, "gelu_new")
+    if activation not in ACTIVATIONS:
+        return f"activation {activation!r} is not in hybrid_engine.ACTIVATIONS ({', '.join(ACTIVATIONS)})"
+    if getattr(config, "apply_residual_connection_post_layernorm", False):
+        return "its residual connection starts after the norm (apply_residual_connection_post_layernorm)"
+    rope_type = getattr(getattr(attrgetter(family.trunk)(model), "rotary_emb", None), "rope_type", "default")
+    if rope_type in ("dynamic", "longrope"):
+        return f"rope type {rope_type!r} changes its frequencies with the length"
+    return None
 
 
 # -----------------------------------------------------------------------------
 # the canonical decoder
 
 class Linear:
-    """residual + activation(x W^T + b). Packed: one oneDNN call; otherwise the same in plain PyTorch."""
+    """residual + activation(x W^T + b). Packed it is one call of oneDNN, else the same in plain PyTorch."""
 
-    def __init__(self, weight, bias, activation=None, packed=False):
+    def __init__(self, weight, bias, activation, packed):
         self.weight, self.bias, self.packed = weight, bias, packed
-        self.function, self.fused, self.variant = ACTIVATIONS[activation] if activation else (None, "none", "")
+        self.activation, self.name, self.variant = ACTIVATIONS[activation] if activation else (None, "none", "")
 
     def __call__(self, x, residual=None):
-        if self.packed and residual is not None:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        if self.packed and residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.name, [], self.variant)
         if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.fused, [], self.variant)
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         y = F.linear(x, self.weight, self.bias)
-        y = self.function(y) if self.function else y
+        y = self.activation(y) if self.activation else y
         return y if residual is None else residual + y
 
 
 class Norm:
     """LayerNorm, or RMSNorm where the module has no bias attribute."""
 
-    def __init__(self, module, own, plus_one=False):
-        self.eps = getattr(module, "variance_epsilon", None) or module.eps
-        self.weight = None if module.weight is None else own(module.weight)
+    def __init__(self, module, own, one_plus):
         self.rms = not hasattr(module, "bias")
-        self.bias = None if self.rms or module.bias is None else own(module.bias)
-        if plus_one:  # Gemma's scale is 1 + w, in float32
-            self.weight = 1.0 + self.weight.float()
+        self.eps = getattr(module, "variance_epsilon", None) or module.eps
+        self.weight, self.bias = own(module.weight), None if self.rms else own(module.bias)
+        if one_plus:  # Gemma scales with 1 + w, in float32
+            self.weight = 1 + self.weight.float()
 
     def __call__(self, x):
         if self.rms:
-            w = self.weight
-            return F.rms_norm(x.to(w.dtype), w.shape, w, self.eps).to(x.dtype)
+            return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
@@ -794,181 +817,215 @@ class Layer:
     norm_1: Norm
     norm_2: Norm           # None: the MLP reads norm_1's output
     qkv: Linear            # rows: H query heads, KVH key heads, KVH value heads
-    qk_norm: torch.Tensor  # (H + KVH, D) weight of Qwen3's RMSNorm of each head, or None
+    qk_norm: torch.Tensor  # (H + KVH, D), the weights of Qwen3's RMSNorm of each head, or None
     out: Linear
-    up: Linear             # gate | up, without activation, where the MLP is gated
+    gate: Linear           # None: plain MLP
+    up: Linear
     down: Linear
     scale: float
-    window: int            # None: all columns
+    window: int            # None: every column
 
 
 class Decoder:
     """
-    One decoder for all families. Reads the model's weights when it is built, and never writes them.
+    One decoder for all families. Reads the weights of `model` when it is built, and never writes them.
 
-    rows in flight B, prompt P, cache columns T, heads H, key-value heads KVH, group G = H / KVH, head width D, width E
+    B rows in flight, P prompt, T columns of the cache, H query heads, KVH key-value heads, D head width, E model width. With
+    a process group, H and KVH are this rank's share: it holds the matrices of H / ranks heads and of a slice of the MLP's
+    columns, two all-reduces a layer (one, if attention and MLP are parallel) add up the parts; embedding and head are whole.
     """
 
-    def __init__(self, model, pack=True):
-        config, self.family = model.config, FAMILIES[model.config.model_type]
-        family = self.family
-        self.heads = config.num_attention_heads
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        self.gated = len(family.up) == 2
+    def __init__(self, model, pack=True, group=None):
+        config, self.group = model.config, group
+        self.rank, self.ranks = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
+        family = self.family = FAMILIES[config.model_type]
+        trunk = attrgetter(family.trunk)(model)
+
+        H = config.num_attention_heads
+        KVH = getattr(config, "num_key_value_heads", None) or H
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // H
+        if H % self.ranks or (KVH % self.ranks and self.ranks % KVH):
+            raise ValueError(f"{H} heads and {KVH} key-value heads cannot be split over {self.ranks} tensor-parallel ranks")
+        self.heads, self.kv_heads = H // self.ranks, max(1, KVH // self.ranks)  # a key-value head may be on several ranks
+        self.first_kv_head = self.rank * KVH // self.ranks
+
         self.parallel = not family.norm_2 or getattr(config, "use_parallel_residual", False)  # x + attention + MLP
         self.post_norm = not getattr(config, "do_layer_norm_before", True)                    # OPT-350m
-        self.activation = getattr(config, family.activation, "gelu_new")                      # BLOOM's is not in its config
-        self.plus_one = config.model_type == "gemma"
-        self.eps = getattr(config, "rms_norm_eps", None)
-        self.pack = pack and model.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        self.kept = []  # every tensor held, for the accounting
-
-        trunk = attrgetter(family.trunk)(model)
-        self.rotary = rotary_frequencies(model, trunk)
+        self.activation = getattr(config, family.activation, "gelu_new")                      # BLOOM does not name its own
+        self.qk_eps = getattr(config, "rms_norm_eps", None)
+        self.gemma = config.model_type == "gemma"
+        self.rotary = rotary_frequencies(model)
         self.pair_order = self._pair_order()
-        self.alibi = alibi_slopes(self.heads).to(model.device) if config.model_type == "bloom" else None
-        self.embed = self._own(attrgetter(family.embed)(trunk).weight)
-        self.embed_scale = self.embed.new_tensor(config.hidden_size ** 0.5) if config.model_type == "gemma" else None
-        self.embed_norm = self._norm(getattr(trunk, "word_embeddings_layernorm", None))       # BLOOM
-        self.wpe = self._own(attrgetter(family.wpe)(trunk).weight) if family.wpe else None
-        self.wpe_offset = 2 if config.model_type == "opt" else 0
-        self.project_in = self._linear(getattr(trunk, "project_in", None))                    # OPT-350m
-        self.project_out = self._linear(getattr(trunk, "project_out", None))
-        self.norm = self._norm(attrgetter(family.norm)(trunk))                                # None in OPT-350m
-        self.head = self._linear(model.get_output_embeddings())
-        self.layers = [self._layer(layer, config, i) for i, layer in enumerate(attrgetter(family.layers)(trunk))]
+        self.alibi = alibi_slopes(H)[self._share(H)].to(model.device) if config.model_type == "bloom" else None
+
+        self.pack = pack and model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.partitioned = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3
+        self.held = []  # every tensor of a weight, for the accounting
+        head, wpe = model.get_output_embeddings(), attrgetter(family.wpe)(trunk) if family.wpe else None
+        parts = {name: getattr(trunk, name, None) for name in ("word_embeddings_layernorm", "project_in", "project_out")}
+        embed, norm = attrgetter(family.embed)(trunk), attrgetter(family.norm)(trunk)
+        with self._gathered(embed, head, norm, wpe, *parts.values()):
+            self.embed = self._own(embed.weight)
+            self.embed_scale = self.embed.new_tensor(config.hidden_size ** 0.5) if self.gemma else None
+            self.embed_norm = self._norm(parts["word_embeddings_layernorm"])  # BLOOM
+            self.wpe, self.wpe_offset = wpe and self._own(wpe.weight), getattr(wpe, "offset", 0)
+            self.project_in = self._linear(parts["project_in"])               # OPT-350m
+            self.project_out = self._linear(parts["project_out"])
+            self.norm, self.head = self._norm(norm), self._linear(head)
+        self.layers = []
+        for i, layer in enumerate(attrgetter(family.layers)(trunk)):
+            with self._gathered(layer):
+                self.layers.append(self._layer(layer, attention_scale(config, i, self.head_dim),
+                                               attention_window(config, i)))
 
     # reading weights
 
+    def _gathered(self, *modules):
+        if not self.partitioned:
+            return nullcontext()
+        import deepspeed
+        return deepspeed.zero.GatheredParameters(list({id(p): p for m in modules if m for p in m.parameters()}.values()))
+
     def _own(self, tensor):
-        self.kept.append(tensor.detach())
-        return self.kept[-1]
+        """An alias of the weight; a copy of one that ZeRO-3 gathered, which is gone when the next one comes."""
+        if tensor is None:
+            return None
+        self.held.append(tensor.detach().clone() if self.partitioned and not tensor.is_mkldnn else tensor.detach())
+        return self.held[-1]
 
-    def _linear(self, module, activation=None):
-        return module and self._fused(linear_weight(module), getattr(module, "bias", None), activation)
+    def _matrix(self, weight, bias, activation=None):
+        if self.pack:  # private, but what torch.compile calls for frozen weights; 32 rows is a hint, not a limit
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
+        return Linear(self._own(weight), self._own(bias), activation, self.pack)
 
-    def _fused(self, weight, bias, activation=None):
-        weight = weight.detach()
-        if self.pack:  # private, but what torch.compile's frozen CPU graphs call; 32 is a hint of the batch, not a limit
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, 32)
-        return Linear(self._own(weight), None if bias is None else self._own(bias), activation, self.pack)
+    def _linear(self, module, activation=None, split=None):
+        """split "out" keeps this rank's share of the outputs; "in" of the inputs: the ranks' results then have to be summed."""
+        if not module:
+            return None
+        weight, bias = linear_weight(module), module.bias
+        if split == "out":
+            weight, bias = weight[self._share(weight.size(0))], None if bias is None else bias[self._share(len(bias))]
+        if split == "in":
+            weight, bias = weight[:, self._share(weight.size(1))], bias if self.rank == 0 else None
+        return self._matrix(weight, bias, activation)
+
+    def _share(self, n):
+        return slice(self.rank * n // self.ranks, (self.rank + 1) * n // self.ranks)
 
     def _norm(self, module):
-        return module and Norm(module, self._own, self.plus_one)
+        return module and Norm(module, self._own, self.gemma)
 
-    def _pair_order(self):
-        """
-        Rotary pairs are (i, i + D / 2) here, over the whole head: other layouts become this one by re-ordering the rows
-        of Wq and Wk once, which leaves q . k as it was. (D,) index, or None where the order is already so.
-        """
-        if self.rotary is None:
-            return None
-        frequencies, _, neighbours = self.rotary
-        rest = torch.arange(2 * len(frequencies), self.head_dim)
-        first, second = torch.arange(2 * len(frequencies)).view(*((-1, 2) if neighbours else (2, -1))).unbind(1 if neighbours else 0)
-        order = torch.cat([first, *rest.chunk(2)[:1], second, *rest.chunk(2)[1:]])
-        return None if torch.equal(order, torch.arange(self.head_dim)) else order.to(frequencies.device)
-
-    def _layer(self, layer, config, i):
-        family, module = self.family, lambda name: attrgetter(name)(layer)
-        qkv, up = [module(name) for name in family.qkv], [module(name) for name in family.up]
-        q_norm, k_norm = (getattr(getattr(layer, "self_attn", None), n, None) for n in ("q_norm", "k_norm"))
-        qk_norm = q_norm and torch.cat([q_norm.weight.expand(self.heads, -1), k_norm.weight.expand(self.kv_heads, -1)])
+    def _layer(self, layer, scale, window):
+        family, module = self.family, lambda name: attrgetter(name)(layer) if name else None
+        qkv = [module(name) for name in family.qkv]
+        qkv_bias = None if qkv[0].bias is None else self._heads([m.bias[:, None] for m in qkv]).squeeze(1)
+        qk_norm = None
+        if hasattr(getattr(layer, "self_attn", None), "q_norm"):
+            q, k = layer.self_attn.q_norm.weight, layer.self_attn.k_norm.weight
+            qk_norm = self._own(torch.cat([q.expand(self.heads, -1), k.expand(self.kv_heads, -1)]))
         return Layer(
-            norm_1=self._norm(module(family.norm_1)),
-            norm_2=self._norm(module(family.norm_2)) if family.norm_2 else None,
-            qkv=self._fused(self._heads([linear_weight(m) for m in qkv]),
-                            None if qkv[0].bias is None else self._heads([m.bias[:, None] for m in qkv]).squeeze(1)),
-            qk_norm=None if qk_norm is None else self._own(qk_norm),
-            out=self._linear(module(family.out)),
-            up=self._fused(torch.cat([linear_weight(m) for m in up]),
-                           None if up[0].bias is None else torch.cat([m.bias for m in up])) if self.gated
-            else self._linear(up[0], self.activation),
-            down=self._linear(module(family.down)),
-            scale=attention_scale(config, i, self.head_dim), window=attention_window(config, i))
+            norm_1=self._norm(module(family.norm_1)), norm_2=self._norm(module(family.norm_2)),
+            qkv=self._matrix(self._heads([linear_weight(m) for m in qkv]), qkv_bias), qk_norm=qk_norm,
+            out=self._linear(module(family.out), split="in"),
+            gate=self._linear(module(family.gate), self.activation, split="out"),
+            up=self._linear(module(family.up), None if family.gate else self.activation, split="out"),
+            down=self._linear(module(family.down), split="in"), scale=scale, window=window)
 
     def _heads(self, rows):
-        """Three projections (H D, in), or one fused, as canonical rows q | k | v: ((H + 2 KVH) D, in)."""
-        if len(rows) == 1:
-            q, k, v = self.family.unfuse(rows[0], self.heads, self.head_dim)
+        """Three projections (heads * D, in), or one fused, as this rank's rows q | k | v: ((H + 2 KVH) D, in)."""
+        if self.family.unfuse:
+            q, k, v = self.family.unfuse(rows[0], self.heads * self.ranks, self.head_dim)
         else:
             q, k, v = (r.unflatten(0, (-1, self.head_dim)) for r in rows)
+        q = q[self._share(len(q))]
+        k, v = (x[self.first_kv_head:self.first_kv_head + self.kv_heads] for x in (k, v))
         if self.pair_order is not None:
             q, k = q[:, self.pair_order], k[:, self.pair_order]
         return torch.cat([q, k, v]).flatten(0, 1)
 
+    def _pair_order(self):
+        """
+        Rotary pairs are (i, i + D / 2) here, over the whole head: other layouts become this one by re-ordering the rows of
+        Wq and Wk within each head, which leaves q . k as it was. (D,) int64, or None where the order is already so.
+        """
+        if self.rotary is None or (len(self.rotary[0]) * 2 == self.head_dim and not self.rotary[2]):
+            return None
+        r = 2 * len(self.rotary[0])
+        pairs = torch.arange(r).view(-1, 2) if self.rotary[2] else torch.arange(r).view(2, -1).t()
+        still = torch.arange(r, self.head_dim).view(2, -1).t()  # not rotated: pairs of angle 0
+        return torch.cat([pairs, still]).t().flatten().to(self.rotary[0].device)
+
     # running
 
     def prepare(self, start, length):
-        """Tables for a rollout of rows whose first token is in column start (B,), in a cache of `length` columns."""
-        columns = torch.arange(length, device=start.device)
-        dtype = self.embed.dtype
+        """Tables for prompts whose first token is in column start (B,), in a cache of `length` columns."""
+        columns, dtype = torch.arange(length, device=start.device), self.embed.dtype
         self.cos = self.sin = None
-        if self.rotary is not None:  # (T, D), with the sign of rotate_half in sin; the part that is not rotated has angle 0
+        if self.rotary:  # (T, D), the sign of the rotation in sin
             frequencies, factor, _ = self.rotary
-            angles = columns[:, None] * frequencies
-            still = (0, self.head_dim // 2 - len(frequencies))
+            angles, still = columns[:, None] * frequencies, (0, self.head_dim // 2 - len(frequencies))
             cos, sin = F.pad(angles.cos() * factor, still, value=1.0), F.pad(angles.sin() * factor, still)
             self.cos, self.sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
-        # (B, 1 or H, T) added to the scores: ALiBi's slope x position, and on padding something huge but finite, so that
-        # a query which is padding itself, and sees only padding, gives no NaN
+        # (B, 1 or H, T), added to the scores: ALiBi's slope x position; on padding a huge number, but a finite one: a query
+        # which is padding itself sees nothing else, and must not give NaN
         bias = torch.zeros(len(start), 1, length, device=start.device)
         if self.alibi is not None:
             bias = self.alibi[:, None] * (columns - start[:, None])[:, None]
         self.bias = bias.to(dtype).masked_fill((columns < start[:, None])[:, None], torch.finfo(dtype).min / 2)
 
     def keep(self, rows):
+        """Rows leave the batch: only those of the index `rows` stay."""
         self.bias = self.bias[rows]
 
-    def _embed(self, ids, positions):
+    def _run(self, ids, positions, attention):
+        """
+        ids, positions (...) -> hidden states (..., E) before the final norm.
+
+        attention(i, layer, q, kv) -> (..., H D), from q (..., H, D) and kv (..., 2, KVH, D)
+        """
         x = F.embedding(ids, self.embed)
-        if self.embed_scale is not None:
-            x = x * self.embed_scale
-        if self.embed_norm:
-            x = self.embed_norm(x)
-        if self.project_in:
-            x = self.project_in(x)
-        return x if self.wpe is None else x + F.embedding(positions + self.wpe_offset, self.wpe)
-
-    def _qkv(self, layer, x, positions):
-        """x (..., E) -> queries (..., H, D), keys and values (..., 2, KVH, D), after norm and rotation."""
-        qkv = layer.qkv(x).unflatten(-1, (-1, self.head_dim))
-        q, kv = qkv.tensor_split([self.heads], dim=-2)
-        if layer.qk_norm is not None or self.cos is not None:
-            qk = qkv[..., :self.heads + self.kv_heads, :]
-            if layer.qk_norm is not None:
-                qk.copy_(F.rms_norm(qk, qk.shape[-1:], eps=self.eps) * layer.qk_norm)
-            if self.cos is not None:
-                qk.copy_(qk * self.cos[positions].unsqueeze(-2)
-                         + qk.roll(self.head_dim // 2, -1) * self.sin[positions].unsqueeze(-2))
-        return q, kv.unflatten(-2, (2, -1))
-
-    def _blocks(self, x, positions, attention):
-        """All layers. attention(i, layer, q, kv) -> (..., H D), from q (..., H, D) and kv (..., 2, KVH, D)."""
+        x = x * self.embed_scale if self.gemma else x
+        x = self.embed_norm(x) if self.embed_norm else x
+        x = self.project_in(x) if self.project_in else x
+        x = x + F.embedding(positions + self.wpe_offset, self.wpe) if self.wpe is not None else x
+        rotation = (self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)) if self.rotary else None
         for i, layer in enumerate(self.layers):
             h = x if self.post_norm else layer.norm_1(x)
-            a = attention(i, layer, *self._qkv(layer, h, positions))
-            y = layer.out(a, residual=x)
-            if self.post_norm:
-                y = layer.norm_1(y)
-            if not self.parallel:
-                x = y
-            if not self.post_norm and layer.norm_2:
-                h = layer.norm_2(x)
+            a = attention(i, layer, *self._qkv(layer, h, rotation))
+            if self.parallel:
+                h = layer.norm_2(x) if layer.norm_2 else h
+                x = self._sum(layer.down(self._mlp(layer, h), residual=layer.out(a, residual=self._once(x))))
             elif self.post_norm:
-                h = y
-            x = layer.down(self._mlp(layer, h), residual=y)
-            if self.post_norm:
-                x = layer.norm_2(x)
+                x = layer.norm_1(self._sum(layer.out(a, residual=self._once(x))))
+                x = layer.norm_2(self._sum(layer.down(self._mlp(layer, x), residual=self._once(x))))
+            else:
+                x = self._sum(layer.out(a, residual=self._once(x)))
+                x = self._sum(layer.down(self._mlp(layer, layer.norm_2(x)), residual=self._once(x)))
         return x
 
+    def _once(self, x):
+        return x if self.rank == 0 else None  # the ranks' parts are added up: one of them brings the residual
+
+    def _sum(self, x):
+        if self.group:
+            dist.all_reduce(x, group=self.group)
+        return x
+
+    def _qkv(self, layer, x, rotation):
+        """x (..., E) -> q (..., H, D) and kv (..., 2, KVH, D), after norm and rotation."""
+        qkv = layer.qkv(x)
+        qkv = qkv.view(*qkv.shape[:-1], -1, self.head_dim)
+        qk = qkv.narrow(-2, 0, self.heads + self.kv_heads)
+        if layer.qk_norm is not None:
+            qk.copy_(F.rms_norm(qk, qk.shape[-1:], eps=self.qk_eps) * layer.qk_norm)
+        if rotation:
+            cos, sin = rotation
+            qk.copy_(torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin))
+        kv = qkv.narrow(-2, self.heads, 2 * self.kv_heads)
+        return qkv.narrow(-2, 0, self.heads), kv.view(*kv.shape[:-2], 2, self.kv_heads, self.head_dim)
+
     def _mlp(self, layer, h):
-        h = layer.up(h)
-        if self.gated:
-            gate, up = h.chunk(2, -1)
-            h = ACTIVATIONS[self.activation][0](gate) * up
-        return h
+        return layer.gate(h) * layer.up(h) if layer.gate else layer.up(h)
 
     def _logits(self, x):
         x = self.norm(x) if self.norm else x
@@ -976,7 +1033,7 @@ class Decoder:
 
     def prefill(self, ids, start, cache, copies):
         """Prompts (B, P), left-padded -> logits (B * copies, V) of the next token; fills columns 0 .. P-1 of the cache."""
-        B, P = ids.shape
+        P = ids.size(1)
         query, key = torch.arange(P, device=ids.device)[:, None], torch.arange(P, device=ids.device)
         masks = {}  # window -> (B, 1 or H, P, P)
         for window in {layer.window for layer in self.layers}:
@@ -985,28 +1042,29 @@ class Decoder:
 
         def attention(i, layer, q, kv):
             q, kv = q.transpose(1, 2), kv.permute(0, 2, 3, 1, 4)  # (B, H, P, D), (B, 2, KVH, P, D)
-            cache.write(i, slice(0, P), kv.repeat_interleave(copies, 0))
+            cache.write(i, slice(P), kv.repeat_interleave(copies, 0))
             k, v = kv.repeat_interleave(self.heads // self.kv_heads, 2).unbind(1)
-            return F.scaled_dot_product_attention(q, k, v, masks[layer.window], scale=layer.scale).transpose(1, 2).flatten(2)
+            a = F.scaled_dot_product_attention(q, k, v, masks[layer.window], scale=layer.scale)
+            return a.transpose(1, 2).flatten(2)
 
-        positions = (key - start[:, None]).clamp(min=0)
-        x = self._blocks(self._embed(ids, positions), positions, attention)
+        x = self._run(ids, (key - start[:, None]).clamp(min=0), attention)
+        self.bias = self.bias.repeat_interleave(copies, 0)
         return self._logits(x[:, -1]).repeat_interleave(copies, 0)  # left-padded: the last column is every row's last token
 
     def step(self, tokens, positions, column, cache):
-        """One token a row, (B,), written to `column` (int, the same for all rows) -> logits (B, V) of the next."""
+        """One token a row, (B,), written to `column` (int, the same for all) -> logits (B, V) of the next."""
+        bias = self.bias.expand(-1, self.kv_heads, -1).flatten(0, 1).unsqueeze(-1)  # (B KVH, T, 1)
 
         def attention(i, layer, q, kv):
             cache.write(i, column, kv)
-            seen = slice(0 if layer.window is None else max(0, column + 1 - layer.window), column + 1)
-            k, v = cache.read(i, seen)
-            q = q.reshape(len(k), -1, self.head_dim)
-            # k q^T and not q k^T: oneDNN takes 0.35 instead of 0.9 ms for (192, 192, 64) in bf16
-            scores = torch.baddbmm(bias[:, seen], k, q.transpose(1, 2), alpha=layer.scale)  # (B KVH, seen, G)
-            return torch.bmm(scores.transpose(1, 2).softmax(-1), v).view(len(kv), -1)
+            seen = slice(max(0, column + 1 - layer.window) if layer.window else 0, column + 1)
+            k, v = cache.flat[i]
+            q = q.reshape(len(k), -1, self.head_dim)  # (B KVH, G, D): the G = H / KVH queries of a key head, no key repeated
+            # k q^T, not q k^T: oneDNN needs 0.47 instead of 1.22 ms for 192 x (192, 64) in bf16 on one core
+            scores = torch.baddbmm(bias[:, seen], k[:, seen], q.transpose(1, 2), alpha=layer.scale)
+            return torch.bmm(scores.transpose(1, 2).softmax(-1), v[:, seen]).view(len(tokens), -1)
 
-        bias = self.bias.expand(-1, self.kv_heads, -1).flatten(0, 1)[:, :, None]  # (B KVH, T, 1)
-        return self._logits(self._blocks(self._embed(tokens, positions), positions, attention))
+        return self._logits(self._run(tokens, positions, attention))
 
 
 # -----------------------------------------------------------------------------
@@ -1016,151 +1074,156 @@ class InferenceEngine:
     """
     Generates with the weights of `model`, a Hugging Face causal LM, as they are at each call.
 
-    compact     finished rows leave the batch when they are at least a quarter of it; off: they run along, unseen
-    pack        CPU only: weights copied into oneDNN's layout for the rollout; off: aliases, slower
-    keep_cache  the KV cache stays allocated between rollouts
-    sync_every  tokens between two looks at which rows are done, each of which waits for the device; None: 1 on CPU, 8 on GPU
-    memory      after a rollout: bytes of {"weights aliased", "weights copied", "kv cache"} it held
-    row_steps   after a rollout: sum over the decode steps of the rows they carried
+    tp_group    process group whose ranks split heads and MLP columns, and generate for the union of their prompts
+    compact     finished rows leave the batch when they are a quarter of it; off: they run along, unseen
+    pack        on a CPU, copy the weights into oneDNN's layout for the rollout; off: aliases, slower
+    keep_cache  the KV cache stays allocated between rollouts of one shape
+    sync_every  steps between two looks at who is done, each of which waits for the device; None: 1 on a CPU, 8 on a GPU
+    memory      after a rollout: bytes of its {"weights aliased", "weights copied", "kv cache"}
+    row_steps   after a rollout: rows decoded, summed over its steps
     """
 
     def __init__(self, model, tp_group=None, compact=True, pack=True, keep_cache=False, sync_every=None):
-        self.model, self.compact, self.pack, self.keep_cache = model, compact, pack, keep_cache
+        self.model, self.tp_group, self.compact, self.pack, self.keep_cache = model, tp_group, compact, pack, keep_cache
         self.sync_every = sync_every or (1 if model.device.type == "cpu" else 8)
         self.cache, self.memory, self.row_steps = None, {}, 0
-        self.unsupported = self._why_unsupported()
+        self.unsupported = why_unsupported(model)
         if self.unsupported:
-            warnings.warn(f"{type(model).__name__} generates through Hugging Face generate(), several times slower: "
-                          f"{self.unsupported}")
-
-    def _why_unsupported(self):
-        config = self.model.config
-        if config.model_type not in FAMILIES:
-            return f"model type {config.model_type!r} is not in hybrid_engine.FAMILIES ({', '.join(sorted(FAMILIES))})"
-        if getattr(config, "apply_residual_connection_post_layernorm", False):
-            return "apply_residual_connection_post_layernorm"
-        if getattr(config, FAMILIES[config.model_type].activation, "gelu_new") not in ACTIVATIONS:
-            return "activation"
-        try:
-            rotary_frequencies(self.model, attrgetter(FAMILIES[config.model_type].trunk)(self.model))
-        except Unsupported as reason:
-            return str(reason)
+            warnings.warn(f"{type(model).__name__} generates through Hugging Face generate(), several times slower and without "
+                          f"tensor parallelism: {self.unsupported}")
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens=64, temperature=1.0, top_k=0, top_p=1.0,
                  eos_token_id=None, pad_token_id=0, seed=0, num_return_sequences=1):
         """
-        input_ids, attention_mask  (B, P) int64, left-padded; what stands on padding never matters
-        eos_token_id               int, list or None (every response has max_new_tokens); EOS in the prompt does not count
+        input_ids, attention_mask  (B, P) int64, left-padded; the ids on padding never matter
+        eos_token_id               int, list, or None: every response has max_new_tokens. EOS in a prompt does not count
         returns                    Rollout of B * num_return_sequences rows, prompt-major
-        """
-        eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-        prompts = input_ids.repeat_interleave(num_return_sequences, 0)
-        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-        run = self._hf_responses if self.unsupported else self._responses
-        responses, logprobs = run(input_ids, attention_mask, max_new_tokens, sampling, eos, pad_token_id, seed,
-                                  num_return_sequences)
-        # a response ends at the first EOS that the model wrote; no other id means anything here, pad may be the same id
-        ended = torch.isin(responses, torch.tensor(eos, device=responses.device, dtype=responses.dtype)).long()
-        mask = ended.cumsum(1) - ended == 0
-        longest = int(mask.sum(1).max())
-        responses, logprobs, mask = responses[:, :longest], logprobs[:, :longest], mask[:, :longest]
-        return Rollout(torch.cat([prompts, responses.masked_fill(~mask, pad_token_id)], 1), logprobs * mask, mask.float())
+        raises                     ValueError for other padding, or more tokens than the model has positions
 
-    def _responses(self, input_ids, attention_mask, max_new_tokens, sampling, eos, pad_token_id, seed, copies):
-        start = self._check_prompts(attention_mask, max_new_tokens)
-        P, rows, device = input_ids.size(1), len(input_ids) * copies, input_ids.device
+        With a tp_group, its ranks call this together, each with prompts of its own (any B and P) and the other arguments
+        equal (rank 0's seed holds); each gets its rows back.
+        """
+        eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=input_ids.device).long().view(-1)
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        respond = self._hf_respond if self.unsupported else self._respond
+        responses, logprobs = respond(input_ids, attention_mask, max_new_tokens, sampling, eos, pad_token_id, seed,
+                                      num_return_sequences)
+        # a row's first EOS is where it stopped: its response is everything up to there, whatever the ids (pad may be EOS)
+        ended = torch.isin(responses, eos).long()
+        mask = ended.cumsum(1) - ended == 0
+        R = int(mask.sum(1).max())
+        responses, logprobs, mask = responses[:, :R].masked_fill(~mask[:, :R], pad_token_id), logprobs[:, :R], mask[:, :R]
+        prompts = input_ids.repeat_interleave(num_return_sequences, 0)
+        return Rollout(torch.cat([prompts, responses], 1), logprobs * mask, mask.float())
+
+    def _respond(self, ids, mask, max_new_tokens, sampling, eos, pad_token_id, seed, copies):
+        """(B * copies, max_new_tokens) tokens and log-probabilities; what follows a row's first EOS is undefined."""
+        first, count = 0, len(ids)  # the caller's prompts within the union
+        if self.tp_group:
+            ids, mask, seed, first = self._union(ids, mask, seed)
+        start, device, P, rows = self._starts(mask, max_new_tokens), ids.device, ids.size(1), len(ids) * copies
         responses = torch.full((rows, max_new_tokens), pad_token_id, device=device)
         logprobs = torch.zeros(rows, max_new_tokens, device=device)
-        generator = torch.Generator(device).manual_seed(seed)
-        # one draw a row and step whether or not the row is still in flight: compaction cannot change a sample
-        uniforms = torch.rand(max_new_tokens, rows, generator=generator, device=device)
-        eos = torch.tensor(eos, device=device)
+        # a draw for every row at every step, whether or not the row is still in flight: compaction cannot change a sample
+        uniforms = torch.rand(max_new_tokens, rows, generator=torch.Generator(device).manual_seed(seed), device=device)
         live, done = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
+        positions = (P - start).repeat_interleave(copies)  # of the next token to go in
         self.row_steps = 0
 
-        with self._rollout_memory(start, rows, P + max_new_tokens) as (decoder, cache):
-            # 1. prefill: all prompts at once, shared by their copies
-            logits = decoder.prefill(input_ids.masked_fill(attention_mask == 0, 0), start, cache, copies)
-            start = start.repeat_interleave(copies)
+        with self._rollout_memory(rows, P + max_new_tokens) as (decoder, cache), torch.inference_mode():
+            # 1. prefill: every prompt once, whatever the number of its copies
             decoder.prepare(start, P + max_new_tokens)
-            positions = P - start
+            logits = decoder.prefill(ids.masked_fill(mask == 0, 0), start, cache, copies)
             for step in range(max_new_tokens):
-                # 2. sample
+                # 2. sample; rank 0 of a tp_group for all, so that rounding can never part its ranks
                 tokens, logps = sample(logits, uniforms[step, live], **sampling)
+                if self.tp_group:
+                    dist.broadcast(tokens, group=self.tp_group, group_src=0)
+                    dist.broadcast(logps, group=self.tp_group, group_src=0)
                 responses[live, step], logprobs[live, step] = tokens, logps
                 if step + 1 == max_new_tokens:
                     break
                 # 3. stop, or let finished rows leave
-                if len(eos):
-                    done |= (tokens[:, None] == eos).any(1)
-                    if (step + 1) % self.sync_every == 0:
-                        unfinished = (~done).nonzero().squeeze(1)
-                        if len(unfinished) == 0:
-                            break
-                        if self.compact and len(unfinished) <= 0.75 * len(live):
-                            cache.keep(unfinished, P + step)
-                            decoder.keep(unfinished)
-                            live, done, tokens, positions = (x[unfinished] for x in (live, done, tokens, positions))
-                # 4. decode: the token just sampled goes in, logits of the next come out
+                done |= torch.isin(tokens, eos)
+                if len(eos) and (step + 1) % self.sync_every == 0:
+                    unfinished = (~done).nonzero().squeeze(1)
+                    if len(unfinished) == 0:
+                        break
+                    if self.compact and len(unfinished) <= 0.75 * len(live):
+                        cache.keep(unfinished, P + step)
+                        decoder.keep(unfinished)
+                        live, done, tokens, positions = (x[unfinished] for x in (live, done, tokens, positions))
+                # 4. decode: the sampled token goes in, the logits of the next come out
                 logits = decoder.step(tokens, positions, P + step, cache)
                 positions += 1
                 self.row_steps += len(live)
-        return responses, logprobs
+        own = slice(first * copies, (first + count) * copies)
+        return responses[own], logprobs[own]
 
-    def _check_prompts(self, attention_mask, max_new_tokens):
-        lengths = attention_mask.sum(1)
-        start = attention_mask.size(1) - lengths
-        columns = torch.arange(attention_mask.size(1), device=attention_mask.device)
-        if lengths.min() < 1 or not torch.equal(attention_mask != 0, columns >= start[:, None]):
-            raise ValueError("prompts must be left-padded, each with at least one token: attention_mask rows 0 .. 0 1 .. 1")
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if FAMILIES[self.model.config.model_type].wpe and lengths.max() + max_new_tokens - 1 > limit:
-            raise ValueError(f"a prompt of {int(lengths.max())} tokens and max_new_tokens={max_new_tokens} pass the model's "
-                             f"{limit} positions: shorten one of them")
+    def _union(self, ids, mask, seed):
+        """The prompts of all ranks of the tp_group, in rank order, left-padded to the longest; rank 0's seed; our first row."""
+        shape = torch.tensor([*ids.shape, seed], device=ids.device)
+        shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size(self.tp_group))]
+        dist.all_gather(shapes, shape, group=self.tp_group)
+        counts, widths, seeds = torch.stack(shapes).T.tolist()
+        B, P = max(counts), max(widths)
+        both = torch.stack([ids, mask.to(ids.dtype)])  # (2, B, P): one gather, so that ids and mask cannot part
+        both = F.pad(both, (P - ids.size(1), 0, 0, B - len(ids)))
+        gathered = [torch.empty_like(both) for _ in counts]
+        dist.all_gather(gathered, both, group=self.tp_group)
+        ids, mask = torch.cat([part[:, :count] for part, count in zip(gathered, counts)], 1)
+        return ids, mask, seeds[0], sum(counts[:dist.get_rank(self.tp_group)])
+
+    def _starts(self, mask, max_new_tokens):
+        """(B,) the column of each prompt's first token."""
+        lengths, columns = mask.sum(1), torch.arange(mask.size(1), device=mask.device)
+        start = mask.size(1) - lengths
+        if lengths.min() < 1 or not torch.equal(mask != 0, columns >= start[:, None]):
+            raise ValueError("attention_mask must be 0 .. 0 1 .. 1 in each row (left-padded prompts of at least one token); "
+                             "tokenizer.padding_side = 'left' makes it so")
+        limit = self.model.config.max_position_embeddings if FAMILIES[self.model.config.model_type].wpe else math.inf
+        if lengths.max() + max_new_tokens > limit:
+            raise ValueError(f"a prompt of {int(lengths.max())} tokens + max_new_tokens={max_new_tokens} pass the model's {limit} "
+                             "positions: shorten one of them")
         return start
 
     @contextmanager
-    def _rollout_memory(self, start, rows, length):
+    def _rollout_memory(self, rows, length):
         """Weights and KV cache of one rollout: there inside the `with`, gone after it, whatever happened."""
         try:
-            decoder = Decoder(self.model, self.pack)
-            decoder.prepare(start, length)
+            decoder = Decoder(self.model, self.pack, self.tp_group)
             shape = (len(decoder.layers), 2, rows, decoder.kv_heads, length, decoder.head_dim)
             if self.cache is None or self.cache.data.shape != shape:
-                self.cache = None  # free the old one before the new one is there
-                self.cache = KVCache(shape[0], *shape[2:], decoder.embed.dtype, start.device)
-            self.cache.rows = rows
-            self.memory = self._account(decoder)
+                self.cache = None  # the old one goes before the new one comes
+                self.cache = KVCache(shape[0], *shape[2:], decoder.embed.dtype, decoder.embed.device)
+            self.cache.use(rows)
+            trained = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+            self.memory = {"weights aliased": 0, "weights copied": 0, "kv cache": self.cache.data.nbytes}
+            for t in decoder.held:
+                alias = not t.is_mkldnn and t.untyped_storage().data_ptr() in trained
+                self.memory["weights aliased" if alias else "weights copied"] += t.numel() * t.element_size()
             yield decoder, self.cache
         finally:
             if not self.keep_cache:
                 self.cache = None
 
-    def _account(self, decoder):
-        live = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        alias = lambda t: not t.is_mkldnn and t.untyped_storage().data_ptr() in live
-        size = lambda t: t.numel() * t.element_size()
-        return {"weights aliased": sum(size(t) for t in decoder.kept if alias(t)),
-                "weights copied": sum(size(t) for t in decoder.kept if not alias(t)),
-                "kv cache": size(self.cache.data)}
-
-    def _hf_responses(self, input_ids, attention_mask, max_new_tokens, sampling, eos, pad_token_id, seed, copies):
+    def _hf_respond(self, ids, mask, max_new_tokens, sampling, eos, pad_token_id, seed, copies):
         """The same through Hugging Face `generate`, for a model that the decoder cannot run."""
         training, greedy = self.model.training, sampling["temperature"] == 0
         options = dict(do_sample=False) if greedy else dict(do_sample=True, num_return_sequences=copies, **sampling)
         try:
             self.model.eval()
-            with torch.random.fork_rng(devices=[input_ids.device] if input_ids.is_cuda else []):
+            with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
                 torch.manual_seed(seed)
-                out = self.model.generate(input_ids, attention_mask=attention_mask, max_new_tokens=max_new_tokens, **options,
-                                          eos_token_id=eos or None, pad_token_id=pad_token_id, repetition_penalty=1.0,
+                out = self.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options,
+                                          eos_token_id=eos.tolist() or None, pad_token_id=pad_token_id, repetition_penalty=1.0,
                                           return_dict_in_generate=True, output_logits=greedy, output_scores=not greedy)
         finally:
             self.model.train(training)
-        responses = out.sequences[:, input_ids.size(1):]
+        responses = out.sequences[:, ids.size(1):]
         logits = torch.stack(out.logits if greedy else out.scores, 1).float()  # scores: after temperature, top-k, top-p
         logprobs = logits.log_softmax(-1).gather(-1, responses[:, :, None]).squeeze(-1)
         if greedy:
             responses, logprobs = responses.repeat_interleave(copies, 0), logprobs.repeat_interleave(copies, 0)
-        return responses, logprobs.nan_to_num()  # after its end Hugging Face fills a row with padding of any probability
+        return responses, logprobs.nan_to_num(neginf=0.0)  # after its end a row holds padding, of any probability

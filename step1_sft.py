@@ -3,29 +3,32 @@ Step 1: supervised fine-tuning (SFT). The model learns to answer as the demonstr
 
     loss(theta) = - sum_t m_t log p_theta(x_t | x_<t) / sum_t m_t        (Ouyang et al. 2022, section 3.5)
 
-over the tokens of prompt and answer, m_t = 1 on the answer's tokens, its EOS included, and 0 on the prompt and on padding.
+over the tokens of prompt and answer, m_t = 1 on the answer's tokens, its EOS included, and 0 on the prompt and on
+padding.
 The sums run over the whole batch of all micro-batches and processes: a token counts the same wherever it stands.
 
     python step1_sft.py --model_name_or_path tiny --max_steps 100              # a laptop's CPU, under a minute
     deepspeed step1_sft.py --model_name_or_path facebook/opt-1.3b --data_path Dahoas/rm-static      # one GPU
-    deepspeed --num_gpus 8 step1_sft.py --deepspeed_config configs/1node.json --model_name_or_path facebook/opt-13b ...
+    deepspeed --num_gpus 8 step1_sft.py --deepspeed_config configs/1node.json --model_name_or_path facebook/opt-13b
+    ...
 
 Reads   --data_path: prompts with answers (`chosen` of a pair)
 Writes  output/sft: a Hugging Face folder and metrics.jsonl; its numbers in output/summary.json
 
-Unlike DeepSpeed-Chat's step 1: the prompt is not trained on unless --train_on_prompt says so; perplexity is per trained token;
+Unlike DeepSpeed-Chat's step 1: the prompt is not trained on unless --train_on_prompt says so; perplexity is per
+trained token;
 batches are as long as their longest row; answers that were cut do not teach the model to stop.
 """
 
 import functools
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, gold_scorer, load_records, load_tokenizer,
+from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer, load_records, load_tokenizer,
                   make_dataloader, rank_share, training_steps)
 from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum, load_model, mean, parameter_count,
                            print0, run_stage, save_model, setup, to_device, train_engine, train_step, write_summary)
@@ -33,9 +36,9 @@ from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, Metrics
 
 @dataclass
 class Config(EngineConfig, DataConfig):
-    model_name_or_path: str = field(default="tiny", metadata={"help": "folder, hub name or tiny: what is fine-tuned"})
-    learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's, at the schedule's top"})
-    train_on_prompt: bool = field(default=False, metadata={"help": "train on the prompt's tokens too"})
+    model_name_or_path: str = flag("tiny", "folder, hub name or tiny: what is fine-tuned")
+    learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top")
+    train_on_prompt: bool = flag(False, "train on the prompt's tokens too")
 
 
 def sft_loss(logprobs, loss_mask):

@@ -1,36 +1,45 @@
 """
-Step 3: reinforcement learning from human feedback with PPO. The actor answers prompts; the reward model scores the answers; the
+Step 3: reinforcement learning from human feedback with PPO. The actor answers prompts; the reward model scores the
+answers; the
 actor moves towards what scores well, and a KL penalty keeps it near the model it came from.
 
-    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]                       (Ouyang et al. 2022, eq. 2, without the ptx term)
+    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]                       (Ouyang et al. 2022, eq. 2, without the ptx
+                                                                         term)
 
     reward of token t     R_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t is the last] r(x, y)
-    advantage             A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = R_t + gamma V_{t+1} - V_t   (Schulman et al. 2016, eq. 16)
-    actor loss            - min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t ),  rho_t = pi / pi_old   (Schulman et al. 2017, eq. 7)
+    advantage             A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = R_t + gamma V_{t+1} - V_t   (Schulman et
+                          al. 2016, eq. 16)
+    actor loss            - min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t ),  rho_t = pi / pi_old   (Schulman et
+                          al. 2017, eq. 7)
     critic loss           1/2 max( (V - G)^2, (clip(V, V_old +- eps_v) - G)^2 ),  G_t = A_t + V_old,t
 
 Every sum runs over the response's tokens, its EOS included (so the model learns when to stop) and nothing after it.
 Which tokens those are is known from the response's length, never found by comparing ids with PAD or EOS.
 
     python step3_ppo.py --max_steps 10                                            # after steps 1 and 2, a CPU minute
-    deepspeed step3_ppo.py --actor_model_name_or_path output/sft --critic_model_name_or_path output/reward --data_path Dahoas/rm-static
+    deepspeed step3_ppo.py --actor_model_name_or_path output/sft --critic_model_name_or_path output/reward --data_path
+    Dahoas/rm-static
     deepspeed --num_gpus 8 step3_ppo.py --deepspeed_config configs/1node.json ...
 
-Reads   prompts of --data_path; the SFT model (actor and reference); the reward model (also the critic's first weights)
-Writes  output/actor and output/critic, Hugging Face folders, output/actor_ema with --enable_ema; metrics.jsonl; output/summary.json
+Reads   prompts of --data_path; the SFT model (actor and reference); the reward model (also the critic's first
+        weights)
+Writes  output/actor and output/critic, Hugging Face folders, output/actor_ema with --enable_ema; metrics.jsonl;
+        output/summary.json
 
-Unlike DeepSpeed-Chat's step 3: rollouts are sampled, not greedy; EOS is trained; dropout is off, so the first ratio is exactly 1; advantages
-are whitened over all ranks; losses are normalised by the global token count; scores are normalised by the reward model's own mean and
+Unlike DeepSpeed-Chat's step 3: rollouts are sampled, not greedy; EOS is trained; dropout is off, so the first ratio
+is exactly 1; advantages
+are whitened over all ranks; losses are normalised by the global token count; scores are normalised by the reward
+model's own mean and
 standard deviation before they are clipped to +-5.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from data import (Collator, DataConfig, EncodedDataset, count_steps, decode_answers, gold_scorer, load_records, load_tokenizer,
+from data import (Collator, DataConfig, EncodedDataset, count_steps, decode_answers, flag, gold_scorer, load_records, load_tokenizer,
                   make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog, RewardModel, UsageError,
                            adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model, parameter_count, print0, run_stage,
@@ -39,23 +48,23 @@ from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngi
 
 @dataclass
 class Config(EngineConfig, DataConfig):
-    actor_model_name_or_path: str = field(default="output/sft", metadata={"help": "the SFT model: actor and reference start from it"})
-    critic_model_name_or_path: str = field(default="output/reward", metadata={"help": "the reward model; the critic starts from it"})
-    actor_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW's, at the schedule's top"})
-    critic_learning_rate: float = field(default=5e-6, metadata={"help": "AdamW's, at the schedule's top"})
-    per_device_generation_batch_size: int = field(default=16, metadata={"help": "prompts answered in one rollout on each device"})
-    ppo_epochs: int = field(default=1, metadata={"help": "passes over a rollout before the next"})
-    kl_coef: float = field(default=0.05, metadata={"help": "beta, reward units per nat"})
-    kl_target: float = field(default=0.0, metadata={"help": "nats a response to steer the KL to by adapting kl_coef; 0: kl_coef is fixed"})
-    gamma: float = field(default=1.0, metadata={"help": "discount"})
-    lam: float = field(default=0.95, metadata={"help": "GAE's lambda"})
-    cliprange: float = field(default=0.2, metadata={"help": "eps of the actor's clip"})
-    cliprange_value: float = field(default=0.2, metadata={"help": "eps_v of the critic's clip"})
-    reward_clip: float = field(default=5.0, metadata={"help": "normalised scores are clipped to +- this, before the KL is added"})
-    missing_eos_penalty: float = field(default=0.0, metadata={"help": "taken off the score of an answer that did not end"})
-    temperature: float = field(default=1.0, metadata={"help": "of sampling, and of all log-probabilities"})
-    top_p: float = field(default=1.0, metadata={"help": "nucleus sampling in rollouts; below 1 the ratio's policy is still the whole one"})
-    enable_ema: bool = field(default=False, metadata={"help": "also keep and save an average of the actor's weights (decay 0.992)"})
+    actor_model_name_or_path: str = flag("output/sft", "the SFT model: actor and reference start from it")
+    critic_model_name_or_path: str = flag("output/reward", "the reward model; the critic starts from it")
+    actor_learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top")
+    critic_learning_rate: float = flag(5e-6, "AdamW's, at the schedule's top")
+    per_device_generation_batch_size: int = flag(16, "prompts answered in one rollout on each device")
+    ppo_epochs: int = flag(1, "passes over a rollout before the next")
+    kl_coef: float = flag(0.05, "beta, reward units per nat")
+    kl_target: float = flag(0.0, "nats a response to steer the KL to by adapting kl_coef; 0: kl_coef is fixed")
+    gamma: float = flag(1.0, "discount")
+    lam: float = flag(0.95, "GAE's lambda")
+    cliprange: float = flag(0.2, "eps of the actor's clip")
+    cliprange_value: float = flag(0.2, "eps_v of the critic's clip")
+    reward_clip: float = flag(5.0, "normalised scores are clipped to +- this, before the KL is added")
+    missing_eos_penalty: float = flag(0.0, "taken off the score of an answer that did not end")
+    temperature: float = flag(1.0, "of sampling, and of all log-probabilities")
+    top_p: float = flag(1.0, "nucleus sampling in rollouts; below 1 the ratio's policy is still the whole one")
+    enable_ema: bool = flag(False, "also keep and save an average of the actor's weights (decay 0.992)")
 
 
 # -----------------------------------------------------------------------------
@@ -126,8 +135,10 @@ def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
 
 class DeepSpeedRLHFEngine:
     """
-    The four models of RLHF on DeepSpeed: `actor` and `critic` train, `ref` (the actor's start) and `reward` are only read. `generator`
-    samples from the actor's own weights. With --only_optimize_lora the reference is the actor with its adapters off: no memory.
+    The four models of RLHF on DeepSpeed: `actor` and `critic` train, `ref` (the actor's start) and `reward` are only
+    read. `generator`
+    samples from the actor's own weights. With --only_optimize_lora the reference is the actor with its adapters off:
+    no memory.
 
     num_total_iters   rollouts of the whole run, for the learning-rate schedules
     args              a Config
