@@ -50,6 +50,8 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
 from data import UsageError, flag, parse_config
+from kernels.logprob import linear_logprobs, token_logprobs
+from kernels.sampling import sample
 
 HERE = Path(__file__).resolve().parent
 
@@ -325,26 +327,35 @@ class RewardModel(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """A Hugging Face causal LM that returns the log-probabilities of given tokens rather than logits."""
+    """A Hugging Face causal LM that returns the log-probabilities of given tokens; the (B, T, V) logits never stand in memory."""
 
     def __init__(self, model):
         super().__init__()
         self.model, self.config = model, model.config
         self.arguments = inspect.signature(model.forward).parameters
+        self.plain_head = model.config.model_type in FAMILIES  # logits are hidden @ weight.T + bias and nothing else
 
-    def forward(self, input_ids, attention_mask, last, temperature=1.0):
+    def forward(self, input_ids, attention_mask, mask, temperature=1.0):
         """
-        input_ids, attention_mask (B, T), padded on either side or both; last < T: how many of the columns at the end
-        to score
-        -> logprobs (B, last) float32, nats, of input_ids[:, -last:] given what precedes them, at this temperature;
-           entropy (B, last) float32, nats, of the distribution each was drawn from, detached (for logging)
+        input_ids, attention_mask  (B, T) int64, padded on either side or both
+        mask                       (B, R), R < T: not zero on those of the last R tokens that are to be scored
+        returns  logprobs (B, R) float32, nats, of input_ids[:, -R:] given what precedes them, at this temperature;
+                 entropy (B, R) float32, nats, of the distributions they were drawn from, detached (for logging);
+                 both zero where mask is zero: the head, often half of all work, is not applied there
         """
+        R, scored = mask.size(1), mask.bool()
         positions = {"position_ids": position_ids(attention_mask)} if "position_ids" in self.arguments else {}
-        logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False,
-                            logits_to_keep=last + 1, **positions).logits[:, -last - 1:-1]  # logits at t predict token t+1
-        logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)  # float32: bf16 keeps 3 digits of a sum over V
-        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-        return logprobs.gather(-1, input_ids[:, -last:, None]).squeeze(-1), entropy
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+        targets = input_ids[:, -R:][scored]  # what stands at t predicts token t + 1
+        if self.plain_head:
+            hidden, head = self.model.base_model(**inputs)[0][:, -R - 1:-1], self.model.get_output_embeddings()
+            logprobs, entropy = linear_logprobs(hidden[scored], head.weight, targets, head.bias, temperature)
+        else:
+            logits = self.model(**inputs, logits_to_keep=R + 1).logits[:, -R - 1:-1][scored] / temperature
+            logprobs = token_logprobs(logits, targets)
+            entropy = torch.distributions.Categorical(logits=logits.detach().float()).entropy()
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return zeros.masked_scatter(scored, logprobs), zeros.masked_scatter(scored, entropy)
 
 
 def parameter_count(model):
@@ -598,8 +609,8 @@ def to_device(batch):
 @dataclass
 class Rollout:
     """What `generate` returns: B rows (prompts x num_return_sequences, prompt-major), prompt P, longest response R."""
-    tokens: torch.Tensor    # (B, P + R) int64: prompts as given (left-padded), responses, right-padded with pad_token_id
-    logprobs: torch.Tensor  # (B, R) float32, nats, under the distribution sampled from (greedy: temperature 1); 0 after the end
+    tokens: torch.Tensor    # (B, P + R) int64: prompts as given, left-padded; responses, right-padded with pad_token_id
+    logprobs: torch.Tensor  # (B, R) float32, nats, under the distribution sampled from (greedy: at temperature 1)
     mask: torch.Tensor      # (B, R) float32: 1 on response tokens up to and including EOS, 0 after
 
 
@@ -607,8 +618,8 @@ class KVCache:
     """
     Keys and values of the rows in flight, all layers in one allocation.
 
-    data  (L, 2, B, KVH, T, D) model dtype: [layer, 0] keys, [layer, 1] values. All rows write the same column; what lies left
-          of a row's first token is padding (finite, masked), right of the current column unwritten memory (never read)
+    data  (L, 2, B, KVH, T, D) model dtype: [layer, 0] keys, [layer, 1] values. All rows write the same column. Left of
+          a row's first token is padding (finite, masked), right of the current column unwritten memory (never read)
     rows  how many of the B are in flight: they lie at the front, so that compaction moves no address
     """
 
@@ -626,39 +637,10 @@ class KVCache:
         self.layers[layer][:, :, :, columns] = kv.transpose(0, 1)
 
     def keep(self, rows, length):
-        """Compaction: the rows of the index `rows` (int64, ascending) move to the front, with their first `length` columns."""
+        """Compaction: the rows of the index `rows` (ascending) move to the front, with their first `length` columns."""
         for layer in self.layers:
             layer[:, :len(rows), :, :length] = layer[:, rows, :, :length]
         self.use(len(rows))
-
-
-def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """
-    One token a row by the inverse of the cumulative distribution, and its log-probability under that distribution.
-
-    logits   (B, V) any float dtype; the softmax is in float32
-    uniform  (B,)   float32 in [0, 1): the only randomness
-    temperature 0 is greedy, log-probability at temperature 1; top_k 0 and top_p 1 keep all; top_p after top_k
-    returns  tokens (B,) int64, logprobs (B,) float32 in nats
-    """
-    logits = logits.float()
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-        return tokens, logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(-1)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.size(1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    probs = logits.softmax(-1)
-    if top_p < 1:  # the fewest likeliest tokens whose mass reaches top_p
-        likeliest, order = probs.sort(-1, descending=True)
-        mass_before = likeliest.cumsum(-1) - likeliest
-        probs = torch.zeros_like(probs).scatter(1, order, likeliest * (mass_before < top_p))
-    cdf = probs.cumsum(-1)
-    total = cdf[:, -1:]  # 1, or what top_p left
-    # first token whose cdf exceeds the draw, so one of probability 0 is never drawn
-    tokens = torch.searchsorted(cdf, uniform[:, None] * total, right=True)
-    return tokens.squeeze(1), (probs.gather(1, tokens) / total).log().squeeze(1)
 
 
 # -----------------------------------------------------------------------------
@@ -666,7 +648,7 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
 
 @dataclass
 class Family:
-    """Module names: `trunk` from the model, embed to wpe from the trunk, the others from a layer. The defaults are Llama's."""
+    """Module names: `trunk` from the model, embed .. wpe from the trunk, the rest from a layer. Defaults: Llama's."""
     trunk: str = "model"
     embed: str = "embed_tokens"
     layers: str = "layers"
@@ -683,19 +665,13 @@ class Family:
     unfuse: object = None                     # rows of a fused QKV, heads, head width -> q, k, v: (H, D, in) each
 
 
-def three_blocks(rows, H, D):
-    return rows.unflatten(0, (3, H, D)).unbind(0)
-
-
-def three_per_head(rows, H, D):
-    return rows.unflatten(0, (H, 3, D)).unbind(1)
-
-
 def codegen_blocks(rows, H, D):  # one block for each of 4 TPU cores, in the order query, value, key
     q, v, k = rows.unflatten(0, (4, 3, H // 4, D)).unbind(1)
     return q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
 
 
+three_blocks = lambda rows, H, D: rows.unflatten(0, (3, H, D)).unbind(0)
+three_per_head = lambda rows, H, D: rows.unflatten(0, (H, 3, D)).unbind(1)
 GPT = dict(trunk="transformer", embed="wte", layers="h", norm="ln_f", norm_1="ln_1", norm_2="ln_2",
            activation="activation_function")
 LLAMA = Family(gate="mlp.gate_proj")
@@ -754,7 +730,7 @@ def rotary_frequencies(model):
     """
     if model.config.model_type in ("gptj", "codegen"):
         r = model.config.rotary_dim
-        return 10000.0 ** (-torch.arange(0, r, 2, device=model.device) / r), 1.0, True
+        return 10000.0 ** (-torch.arange(0, r, 2) / r), 1.0, True
     rotary = getattr(attrgetter(FAMILIES[model.config.model_type].trunk)(model), "rotary_emb", None)
     return rotary and (rotary.inv_freq.float(), rotary.attention_scaling, False)
 
@@ -778,6 +754,14 @@ def why_unsupported(model):
 
 # -----------------------------------------------------------------------------
 # the canonical decoder
+
+def can_pack(weight):
+    """Whether oneDNN has a fast matmul for it: on a CPU, in float32, or in bf16 where the processor knows that."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16
+                                             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
 
 class Linear:
     """residual + activation(x W^T + b). Packed it is one call of oneDNN, else the same in plain PyTorch."""
@@ -830,9 +814,9 @@ class Decoder:
     """
     One decoder for all families. Reads the weights of `model` when it is built, and never writes them.
 
-    B rows in flight, P prompt, T columns of the cache, H query heads, KVH key-value heads, D head width, E model width. With
-    a process group, H and KVH are this rank's share: it holds the matrices of H / ranks heads and of a slice of the MLP's
-    columns, two all-reduces a layer (one, if attention and MLP are parallel) add up the parts; embedding and head are whole.
+    B rows in flight, P prompt, T columns of the cache, H query heads, KVH key-value heads, D head width, E model width.
+    With a process group H and KVH are this rank's: it holds its heads and its slice of the MLP's columns, and the parts
+    are added up in two all-reduces a layer (one where attention and MLP are parallel). Embedding and head are whole.
     """
 
     def __init__(self, model, pack=True, group=None):
@@ -845,33 +829,34 @@ class Decoder:
         KVH = getattr(config, "num_key_value_heads", None) or H
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // H
         if H % self.ranks or (KVH % self.ranks and self.ranks % KVH):
-            raise ValueError(f"{H} heads and {KVH} key-value heads cannot be split over {self.ranks} tensor-parallel ranks")
-        self.heads, self.kv_heads = H // self.ranks, max(1, KVH // self.ranks)  # a key-value head may be on several ranks
+            raise ValueError(f"{H} heads and {KVH} key-value heads do not split over {self.ranks} ranks: choose an "
+                             "--inference_tp_size that divides both, or the first and is a multiple of the second")
+        self.heads, self.kv_heads = H // self.ranks, max(1, KVH // self.ranks)  # several ranks may share a kv head
         self.first_kv_head = self.rank * KVH // self.ranks
 
         self.parallel = not family.norm_2 or getattr(config, "use_parallel_residual", False)  # x + attention + MLP
         self.post_norm = not getattr(config, "do_layer_norm_before", True)                    # OPT-350m
-        self.activation = getattr(config, family.activation, "gelu_new")                      # BLOOM does not name its own
+        self.activation = getattr(config, family.activation, "gelu_new")                      # BLOOM names none
         self.qk_eps = getattr(config, "rms_norm_eps", None)
         self.gemma = config.model_type == "gemma"
         self.rotary = rotary_frequencies(model)
         self.pair_order = self._pair_order()
-        self.alibi = alibi_slopes(H)[self._share(H)].to(model.device) if config.model_type == "bloom" else None
+        self.alibi = alibi_slopes(H)[self._share(H)] if config.model_type == "bloom" else None
 
-        self.pack = pack and model.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.pack = pack
         self.partitioned = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3
         self.held = []  # every tensor of a weight, for the accounting
-        head, wpe = model.get_output_embeddings(), attrgetter(family.wpe)(trunk) if family.wpe else None
-        parts = {name: getattr(trunk, name, None) for name in ("word_embeddings_layernorm", "project_in", "project_out")}
-        embed, norm = attrgetter(family.embed)(trunk), attrgetter(family.norm)(trunk)
-        with self._gathered(embed, head, norm, wpe, *parts.values()):
-            self.embed = self._own(embed.weight)
-            self.embed_scale = self.embed.new_tensor(config.hidden_size ** 0.5) if self.gemma else None
-            self.embed_norm = self._norm(parts["word_embeddings_layernorm"])  # BLOOM
-            self.wpe, self.wpe_offset = wpe and self._own(wpe.weight), getattr(wpe, "offset", 0)
-            self.project_in = self._linear(parts["project_in"])               # OPT-350m
-            self.project_out = self._linear(parts["project_out"])
-            self.norm, self.head = self._norm(norm), self._linear(head)
+        head, embed = model.get_output_embeddings(), attrgetter(family.embed)(trunk)
+        norm, wpe = attrgetter(family.norm)(trunk), attrgetter(family.wpe)(trunk) if family.wpe else None
+        embed_norm = getattr(trunk, "word_embeddings_layernorm", None)                                      # BLOOM
+        project_in, project_out = (getattr(trunk, name, None) for name in ("project_in", "project_out"))  # OPT-350m
+        with self._gathered(embed, head, norm, wpe, embed_norm, project_in, project_out):
+            self.embed, self.wpe = self._own(embed.weight), wpe and self._own(wpe.weight)
+            self.embed_norm, self.norm = self._norm(embed_norm), self._norm(norm)
+            self.project_in, self.project_out = self._linear(project_in), self._linear(project_out)
+            self.head = self._linear(head)
+        self.embed_scale = self.embed.new_tensor(config.hidden_size ** 0.5) if self.gemma else None
+        self.wpe_offset = getattr(wpe, "offset", 0)  # OPT: 2
         self.layers = []
         for i, layer in enumerate(attrgetter(family.layers)(trunk)):
             with self._gathered(layer):
@@ -884,7 +869,8 @@ class Decoder:
         if not self.partitioned:
             return nullcontext()
         import deepspeed
-        return deepspeed.zero.GatheredParameters(list({id(p): p for m in modules if m for p in m.parameters()}.values()))
+        parameters = {id(p): p for module in modules if module for p in module.parameters()}  # tied ones once
+        return deepspeed.zero.GatheredParameters(list(parameters.values()))
 
     def _own(self, tensor):
         """An alias of the weight; a copy of one that ZeRO-3 gathered, which is gone when the next one comes."""
@@ -894,12 +880,13 @@ class Decoder:
         return self.held[-1]
 
     def _matrix(self, weight, bias, activation=None):
-        if self.pack:  # private, but what torch.compile calls for frozen weights; 32 rows is a hint, not a limit
+        packed = self.pack and can_pack(weight)
+        if packed:  # private, but what torch.compile calls for frozen weights; 32 rows is a hint, not a limit
             weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
-        return Linear(self._own(weight), self._own(bias), activation, self.pack)
+        return Linear(self._own(weight), self._own(bias), activation, packed)
 
     def _linear(self, module, activation=None, split=None):
-        """split "out" keeps this rank's share of the outputs; "in" of the inputs: the ranks' results then have to be summed."""
+        """split "out": this rank's share of the outputs. "in": of the inputs; the sum over ranks is then the result."""
         if not module:
             return None
         weight, bias = linear_weight(module), module.bias
@@ -945,15 +932,15 @@ class Decoder:
 
     def _pair_order(self):
         """
-        Rotary pairs are (i, i + D / 2) here, over the whole head: other layouts become this one by re-ordering the rows of
-        Wq and Wk within each head, which leaves q . k as it was. (D,) int64, or None where the order is already so.
+        Rotary pairs are (i, i + D / 2) here, over the whole head. Other layouts become so by re-ordering the rows of Wq
+        and Wk within each head, which leaves q . k as it was. (D,) int64, or None where the order is so already.
         """
         if self.rotary is None or (len(self.rotary[0]) * 2 == self.head_dim and not self.rotary[2]):
             return None
         r = 2 * len(self.rotary[0])
         pairs = torch.arange(r).view(-1, 2) if self.rotary[2] else torch.arange(r).view(2, -1).t()
         still = torch.arange(r, self.head_dim).view(2, -1).t()  # not rotated: pairs of angle 0
-        return torch.cat([pairs, still]).t().flatten().to(self.rotary[0].device)
+        return torch.cat([pairs, still]).t().flatten()
 
     # running
 
@@ -963,14 +950,14 @@ class Decoder:
         self.cos = self.sin = None
         if self.rotary:  # (T, D), the sign of the rotation in sin
             frequencies, factor, _ = self.rotary
-            angles, still = columns[:, None] * frequencies, (0, self.head_dim // 2 - len(frequencies))
+            angles, still = columns[:, None] * frequencies.to(start.device), (0, self.head_dim // 2 - len(frequencies))
             cos, sin = F.pad(angles.cos() * factor, still, value=1.0), F.pad(angles.sin() * factor, still)
             self.cos, self.sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
-        # (B, 1 or H, T), added to the scores: ALiBi's slope x position; on padding a huge number, but a finite one: a query
-        # which is padding itself sees nothing else, and must not give NaN
+        # (B, 1 or H, T), added to the scores: ALiBi's slope x position; on padding something huge but finite, because a
+        # query that is padding itself sees nothing else, and must not give NaN
         bias = torch.zeros(len(start), 1, length, device=start.device)
         if self.alibi is not None:
-            bias = self.alibi[:, None] * (columns - start[:, None])[:, None]
+            bias = self.alibi[:, None].to(start.device) * (columns - start[:, None])[:, None]
         self.bias = bias.to(dtype).masked_fill((columns < start[:, None])[:, None], torch.finfo(dtype).min / 2)
 
     def keep(self, rows):
@@ -994,22 +981,25 @@ class Decoder:
             a = attention(i, layer, *self._qkv(layer, h, rotation))
             if self.parallel:
                 h = layer.norm_2(x) if layer.norm_2 else h
-                x = self._sum(layer.down(self._mlp(layer, h), residual=layer.out(a, residual=self._once(x))))
+                x = self._sum(self._mlp(layer, h, residual=layer.out(a, residual=self._once(x))))
             elif self.post_norm:
                 x = layer.norm_1(self._sum(layer.out(a, residual=self._once(x))))
-                x = layer.norm_2(self._sum(layer.down(self._mlp(layer, x), residual=self._once(x))))
+                x = layer.norm_2(self._sum(self._mlp(layer, x, residual=self._once(x))))
             else:
                 x = self._sum(layer.out(a, residual=self._once(x)))
-                x = self._sum(layer.down(self._mlp(layer, layer.norm_2(x)), residual=self._once(x)))
+                x = self._sum(self._mlp(layer, layer.norm_2(x), residual=self._once(x)))
         return x
 
     def _once(self, x):
-        return x if self.rank == 0 else None  # the ranks' parts are added up: one of them brings the residual
+        return x if self.rank == 0 else None  # the ranks' parts are summed: one of them brings the residual
 
     def _sum(self, x):
         if self.group:
             dist.all_reduce(x, group=self.group)
         return x
+
+    def _mlp(self, layer, h, residual):
+        return layer.down(layer.gate(h) * layer.up(h) if layer.gate else layer.up(h), residual)
 
     def _qkv(self, layer, x, rotation):
         """x (..., E) -> q (..., H, D) and kv (..., 2, KVH, D), after norm and rotation."""
@@ -1024,15 +1014,12 @@ class Decoder:
         kv = qkv.narrow(-2, self.heads, 2 * self.kv_heads)
         return qkv.narrow(-2, 0, self.heads), kv.view(*kv.shape[:-2], 2, self.kv_heads, self.head_dim)
 
-    def _mlp(self, layer, h):
-        return layer.gate(h) * layer.up(h) if layer.gate else layer.up(h)
-
     def _logits(self, x):
         x = self.norm(x) if self.norm else x
         return self.head(self.project_out(x) if self.project_out else x)
 
     def prefill(self, ids, start, cache, copies):
-        """Prompts (B, P), left-padded -> logits (B * copies, V) of the next token; fills columns 0 .. P-1 of the cache."""
+        """Left-padded prompts (B, P) -> logits (B * copies, V) of the next token; fills the cache's first P columns."""
         P = ids.size(1)
         query, key = torch.arange(P, device=ids.device)[:, None], torch.arange(P, device=ids.device)
         masks = {}  # window -> (B, 1 or H, P, P)
@@ -1049,17 +1036,21 @@ class Decoder:
 
         x = self._run(ids, (key - start[:, None]).clamp(min=0), attention)
         self.bias = self.bias.repeat_interleave(copies, 0)
-        return self._logits(x[:, -1]).repeat_interleave(copies, 0)  # left-padded: the last column is every row's last token
+        return self._logits(x[:, -1]).repeat_interleave(copies, 0)  # left-padded: the last token is in the last column
 
     def step(self, tokens, positions, column, cache):
-        """One token a row, (B,), written to `column` (int, the same for all) -> logits (B, V) of the next."""
+        """
+        One token a row, (B,), written to `column` (int, the same for all) -> logits (B, V) of the next.
+
+        Nothing in here waits for the device; weights, cache and tables keep their addresses as long as no row leaves.
+        """
         bias = self.bias.expand(-1, self.kv_heads, -1).flatten(0, 1).unsqueeze(-1)  # (B KVH, T, 1)
 
         def attention(i, layer, q, kv):
             cache.write(i, column, kv)
             seen = slice(max(0, column + 1 - layer.window) if layer.window else 0, column + 1)
             k, v = cache.flat[i]
-            q = q.reshape(len(k), -1, self.head_dim)  # (B KVH, G, D): the G = H / KVH queries of a key head, no key repeated
+            q = q.reshape(len(k), -1, self.head_dim)  # (B KVH, G, D), G = H / KVH queries a key head: none is repeated
             # k q^T, not q k^T: oneDNN needs 0.47 instead of 1.22 ms for 192 x (192, 64) in bf16 on one core
             scores = torch.baddbmm(bias[:, seen], k[:, seen], q.transpose(1, 2), alpha=layer.scale)
             return torch.bmm(scores.transpose(1, 2).softmax(-1), v[:, seen]).view(len(tokens), -1)
@@ -1085,12 +1076,12 @@ class InferenceEngine:
 
     def __init__(self, model, tp_group=None, compact=True, pack=True, keep_cache=False, sync_every=None):
         self.model, self.tp_group, self.compact, self.pack, self.keep_cache = model, tp_group, compact, pack, keep_cache
-        self.sync_every = sync_every or (1 if model.device.type == "cpu" else 8)
+        self.sync_every = sync_every
         self.cache, self.memory, self.row_steps = None, {}, 0
         self.unsupported = why_unsupported(model)
         if self.unsupported:
-            warnings.warn(f"{type(model).__name__} generates through Hugging Face generate(), several times slower and without "
-                          f"tensor parallelism: {self.unsupported}")
+            warnings.warn(f"{type(model).__name__} generates through Hugging Face generate(), several times slower and "
+                          f"without tensor parallelism: {self.unsupported}")
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens=64, temperature=1.0, top_k=0, top_p=1.0,
@@ -1101,21 +1092,21 @@ class InferenceEngine:
         returns                    Rollout of B * num_return_sequences rows, prompt-major
         raises                     ValueError for other padding, or more tokens than the model has positions
 
-        With a tp_group, its ranks call this together, each with prompts of its own (any B and P) and the other arguments
-        equal (rank 0's seed holds); each gets its rows back.
+        The ranks of a tp_group call this together, each with its own prompts (any B and P), the other arguments equal
+        (rank 0's seed holds), and each gets its own rows back.
         """
         eos = torch.tensor([] if eos_token_id is None else eos_token_id, device=input_ids.device).long().view(-1)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
         respond = self._hf_respond if self.unsupported else self._respond
-        responses, logprobs = respond(input_ids, attention_mask, max_new_tokens, sampling, eos, pad_token_id, seed,
-                                      num_return_sequences)
-        # a row's first EOS is where it stopped: its response is everything up to there, whatever the ids (pad may be EOS)
+        responses, logprobs = respond(input_ids, attention_mask.long(), max_new_tokens, sampling, eos, pad_token_id,
+                                      seed, num_return_sequences)
+        # 5. pack: a row stopped at its first EOS; its response is all up to there, whatever the ids (pad may be EOS)
         ended = torch.isin(responses, eos).long()
         mask = ended.cumsum(1) - ended == 0
         R = int(mask.sum(1).max())
-        responses, logprobs, mask = responses[:, :R].masked_fill(~mask[:, :R], pad_token_id), logprobs[:, :R], mask[:, :R]
-        prompts = input_ids.repeat_interleave(num_return_sequences, 0)
-        return Rollout(torch.cat([prompts, responses], 1), logprobs * mask, mask.float())
+        prompts, mask = input_ids.repeat_interleave(num_return_sequences, 0), mask[:, :R]
+        responses = responses[:, :R].masked_fill(~mask, pad_token_id)
+        return Rollout(torch.cat([prompts, responses], 1), logprobs[:, :R] * mask, mask.float())
 
     def _respond(self, ids, mask, max_new_tokens, sampling, eos, pad_token_id, seed, copies):
         """(B * copies, max_new_tokens) tokens and log-probabilities; what follows a row's first EOS is undefined."""
@@ -1125,10 +1116,11 @@ class InferenceEngine:
         start, device, P, rows = self._starts(mask, max_new_tokens), ids.device, ids.size(1), len(ids) * copies
         responses = torch.full((rows, max_new_tokens), pad_token_id, device=device)
         logprobs = torch.zeros(rows, max_new_tokens, device=device)
-        # a draw for every row at every step, whether or not the row is still in flight: compaction cannot change a sample
+        # a draw for every row and step, whether or not the row is still in flight: compaction cannot change a sample
         uniforms = torch.rand(max_new_tokens, rows, generator=torch.Generator(device).manual_seed(seed), device=device)
         live, done = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
         positions = (P - start).repeat_interleave(copies)  # of the next token to go in
+        sync_every = self.sync_every or (8 if ids.is_cuda else 1)
         self.row_steps = 0
 
         with self._rollout_memory(rows, P + max_new_tokens) as (decoder, cache), torch.inference_mode():
@@ -1146,7 +1138,7 @@ class InferenceEngine:
                     break
                 # 3. stop, or let finished rows leave
                 done |= torch.isin(tokens, eos)
-                if len(eos) and (step + 1) % self.sync_every == 0:
+                if len(eos) and (step + 1) % sync_every == 0:
                     unfinished = (~done).nonzero().squeeze(1)
                     if len(unfinished) == 0:
                         break
@@ -1162,13 +1154,13 @@ class InferenceEngine:
         return responses[own], logprobs[own]
 
     def _union(self, ids, mask, seed):
-        """The prompts of all ranks of the tp_group, in rank order, left-padded to the longest; rank 0's seed; our first row."""
+        """Prompts and mask of all ranks in rank order, left-padded to the longest; rank 0's seed; our first row."""
         shape = torch.tensor([*ids.shape, seed], device=ids.device)
         shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size(self.tp_group))]
         dist.all_gather(shapes, shape, group=self.tp_group)
         counts, widths, seeds = torch.stack(shapes).T.tolist()
         B, P = max(counts), max(widths)
-        both = torch.stack([ids, mask.to(ids.dtype)])  # (2, B, P): one gather, so that ids and mask cannot part
+        both = torch.stack([ids, mask])  # (2, B, P): one gather, so that ids and mask cannot part
         both = F.pad(both, (P - ids.size(1), 0, 0, B - len(ids)))
         gathered = [torch.empty_like(both) for _ in counts]
         dist.all_gather(gathered, both, group=self.tp_group)
@@ -1177,15 +1169,15 @@ class InferenceEngine:
 
     def _starts(self, mask, max_new_tokens):
         """(B,) the column of each prompt's first token."""
-        lengths, columns = mask.sum(1), torch.arange(mask.size(1), device=mask.device)
+        lengths = mask.sum(1)
         start = mask.size(1) - lengths
-        if lengths.min() < 1 or not torch.equal(mask != 0, columns >= start[:, None]):
-            raise ValueError("attention_mask must be 0 .. 0 1 .. 1 in each row (left-padded prompts of at least one token); "
-                             "tokenizer.padding_side = 'left' makes it so")
-        limit = self.model.config.max_position_embeddings if FAMILIES[self.model.config.model_type].wpe else math.inf
-        if lengths.max() + max_new_tokens > limit:
-            raise ValueError(f"a prompt of {int(lengths.max())} tokens + max_new_tokens={max_new_tokens} pass the model's {limit} "
-                             "positions: shorten one of them")
+        if lengths.min() < 1 or (mask.diff(dim=1) < 0).any():
+            raise ValueError("expected left-padded prompts of at least one token, attention_mask rows 0 .. 0 1 .. 1: "
+                             "set tokenizer.padding_side = 'left'")
+        config = self.model.config
+        if FAMILIES[config.model_type].wpe and lengths.max() + max_new_tokens > config.max_position_embeddings:
+            raise ValueError(f"a prompt of {int(lengths.max())} tokens and max_new_tokens={max_new_tokens} pass the "
+                             f"model's {config.max_position_embeddings} positions: shorten one of them")
         return start
 
     @contextmanager
@@ -1216,9 +1208,10 @@ class InferenceEngine:
             self.model.eval()
             with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
                 torch.manual_seed(seed)
-                out = self.model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, **options,
-                                          eos_token_id=eos.tolist() or None, pad_token_id=pad_token_id, repetition_penalty=1.0,
-                                          return_dict_in_generate=True, output_logits=greedy, output_scores=not greedy)
+                out = self.model.generate(
+                    ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos.tolist() or None,
+                    pad_token_id=pad_token_id, repetition_penalty=1.0, **options, return_dict_in_generate=True,
+                    output_logits=greedy, output_scores=not greedy)
         finally:
             self.model.train(training)
         responses = out.sequences[:, ids.size(1):]

@@ -41,18 +41,14 @@ class Config(EngineConfig, DataConfig):
     train_on_prompt: bool = flag(False, "train on the prompt's tokens too")
 
 
-def sft_loss(logprobs, loss_mask):
-    """
-    Summed negative log-likelihood (nats) of the trained tokens.
-
-    logprobs   (B, T - 1) of tokens 1..T-1; the first token has nothing before it to be predicted from
-    loss_mask  (B, T) float32, 1 on trained tokens
-    """
-    return -(logprobs * loss_mask[:, 1:]).sum()
+def sft_loss(logprobs, mask):
+    """Summed negative log-likelihood, nats, of the trained tokens: logprobs (B, T - 1) of tokens 1 .. T - 1, mask (B, T - 1)."""
+    return -(logprobs * mask).sum()
 
 
 def token_nats(model, batch):
-    return sft_loss(model(batch["input_ids"], batch["attention_mask"], last=batch["input_ids"].size(1) - 1)[0], batch["loss_mask"])
+    mask = batch["loss_mask"][:, 1:]  # nothing precedes the first token, so it cannot be predicted
+    return sft_loss(model(batch["input_ids"], batch["attention_mask"], mask)[0], mask)
 
 
 def trained_tokens(batches):

@@ -206,12 +206,12 @@ class DeepSpeedPPOTrainer:
 
         tokens, mask, R = rollout.tokens, rollout.mask, rollout.mask.size(1)
         attention_mask = torch.cat([batch["attention_mask"], mask.long()], dim=1)
-        logprobs, entropy = engine.actor(tokens, attention_mask, R, args.temperature)
+        logprobs, entropy = engine.actor(tokens, attention_mask, mask, args.temperature)
         if engine.ref is None:
             with adapters_off(engine.actor):
-                ref_logprobs, _ = engine.actor(tokens, attention_mask, R, args.temperature)
+                ref_logprobs, _ = engine.actor(tokens, attention_mask, mask, args.temperature)
         else:
-            ref_logprobs, _ = engine.ref(tokens, attention_mask, R, args.temperature)
+            ref_logprobs, _ = engine.ref(tokens, attention_mask, mask, args.temperature)
         values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask  # the state before a token ends one column earlier
         scores = (last_token(engine.reward(tokens, attention_mask), attention_mask) - self.score_mean) / self.score_std
         scores = scores.clamp(-args.reward_clip, args.reward_clip)
@@ -219,10 +219,10 @@ class DeepSpeedPPOTrainer:
         rewards = shape_rewards(scores - args.missing_eos_penalty * (1 - ended), logprobs, ref_logprobs, mask, self.kl_coef)
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
 
-        kl = ((logprobs - ref_logprobs) * mask).sum()
+        kl = (logprobs - ref_logprobs).sum()
         drift = ((logprobs - rollout.logprobs).abs() * mask).sum() if args.top_p == 1 else torch.zeros(())
         kl, score, ended, entropy, drift, tokens_made, rows, read = all_sum(
-            kl, scores.sum(), ended.sum(), (entropy * mask).sum(), drift, mask.sum(), len(tokens), attention_mask.sum())
+            kl, scores.sum(), ended.sum(), entropy.sum(), drift, mask.sum(), len(tokens), attention_mask.sum())
         self.rows, self.read = rows, read
         self.metrics = {"objective/kl": kl / rows, "objective/kl_coef": self.kl_coef, "objective/scores": score / rows,
                         "objective/rlhf_reward": (score - self.kl_coef * kl) / rows, "objective/entropy": entropy / tokens_made,
@@ -239,7 +239,7 @@ class DeepSpeedPPOTrainer:
         losses = []
 
         def actor_sum(rows):
-            logprobs, _ = engine.actor(x.tokens[rows], x.attention_mask[rows], R, args.temperature)
+            logprobs, _ = engine.actor(x.tokens[rows], x.attention_mask[rows], x.mask[rows], args.temperature)
             loss, clipped = actor_loss(logprobs, x.logprobs[rows], x.advantages[rows], x.mask[rows], args.cliprange)
             log_ratio = (logprobs.detach() - x.logprobs[rows]) * x.mask[rows]
             sums[:3] += torch.stack([clipped, 0.5 * log_ratio.square().sum(), (log_ratio.exp() * x.mask[rows]).sum()])

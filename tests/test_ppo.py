@@ -76,7 +76,7 @@ def test_eos_is_in_the_mask_and_has_a_gradient(trainer):
     end = int(x.mask[row].sum()) - 1
     P = x.tokens.size(1) - x.mask.size(1)
     assert int(x.tokens[row, P + end]) in engine.eos_token_ids and x.mask[row, end] == 1 and x.mask[row, end + 1:].sum() == 0
-    logprobs, _ = engine.actor.module(x.tokens, x.attention_mask, x.mask.size(1), 0.8)
+    logprobs, _ = engine.actor.module(x.tokens, x.attention_mask, x.mask, 0.8)
     logprobs[row, end].backward()
     head = engine.actor.module.model.get_output_embeddings().weight
     assert head.grad[x.tokens[row, P + end]].abs().sum() > 0

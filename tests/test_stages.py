@@ -68,10 +68,10 @@ torch.save(results, out)
     theirs = torch.load(tmp_path / "results.pt")
     ids, mask = theirs["input_ids"], theirs["attention_mask"]
     with torch.no_grad():
-        logprobs, _ = LanguageModel(AutoModelForCausalLM.from_pretrained(output / "actor"))(ids, mask, last=ids.size(1) - 1)
+        logprobs, _ = LanguageModel(AutoModelForCausalLM.from_pretrained(output / "actor"))(ids, mask, mask[:, 1:])
         values = RewardModel(AutoModelForSequenceClassification.from_pretrained(output / "reward"))(ids, mask)
     expected = theirs["lm"][:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(logprobs * mask[:, 1:], expected * mask[:, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logprobs, expected * mask[:, 1:], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(last_token(values, mask), theirs["score"].squeeze(1), atol=1e-5, rtol=1e-5)
     assert (ids[0, mask[0].bool()][-1] == AutoTokenizer.from_pretrained(output / "reward").eos_token_id)  # scored at EOS
 

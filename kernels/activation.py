@@ -1,0 +1,128 @@
+"""
+The MLP's activation with what stands beside it: the bias before, or the product of a gated MLP.
+
+    act(x, name, bias)       f(x + bias)                                  OPT: relu, GPT-2: gelu_tanh, Pythia: gelu
+    gated_act(x, name)       f(x[:, :F]) * x[:, F:]                       SwiGLU: silu, GeGLU: gelu or gelu_tanh
+
+    relu       max(x, 0)                            gelu       x/2 (1 + erf(x / sqrt 2))
+    silu       x sigmoid(x)                         gelu_tanh  x/2 (1 + tanh u) = x sigmoid(2u),
+                                                               u = sqrt(2/pi) (x + 0.044715 x^3)
+
+The bias add alone reads and writes N*F numbers before the activation reads them again; so does a gate's activation before
+the product. In one pass the traffic is the inputs once and the output once. Inference only: no backward.
+
+GELU: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415. Gated forms: Shazeer 2020, https://arxiv.org/abs/2002.05202
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton build for this platform: PyTorch serves every call
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as @triton.jit does
+
+# Hugging Face's config names that mean one of the four
+ALIASES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+FORMS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}
+
+
+def act_reference(x, name, bias=None):
+    """The definition. x (..., F), bias (F,) or None -> (..., F)."""
+    return FORMS[ALIASES.get(name, name)](x if bias is None else x + bias)
+
+
+def gated_act_reference(gate_up, name):
+    """The definition. gate_up (..., 2F), the gate first -> (..., F)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return FORMS[ALIASES.get(name, name)](gate) * up
+
+
+# -----------------------------------------------------------------------------
+# Triton: one program per row n and block of columns f
+
+if triton is not None:
+
+    @triton.jit
+    def _activate(x, NAME: tl.constexpr):
+        if NAME == "relu":
+            y = tl.maximum(x, 0.0)
+        elif NAME == "gelu":
+            y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+        elif NAME == "gelu_tanh":
+            y = x * tl.sigmoid(1.5957691216057308 * x * (1.0 + 0.044715 * x * x))  # 2 sqrt(2/pi)
+        else:
+            y = x * tl.sigmoid(x)
+        return y
+
+    @triton.jit
+    def _act_kernel(x_ptr, bias_ptr, out_ptr, stride_n, F, NAME: tl.constexpr, HAS_BIAS: tl.constexpr,
+                    GATED: tl.constexpr, BLOCK_F: tl.constexpr):
+        n = tl.program_id(0).to(tl.int64)
+        f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+        x = tl.load(x_ptr + n * stride_n + f, mask=f < F, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            x += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)
+        y = _activate(x, NAME)
+        if GATED:
+            y *= tl.load(x_ptr + n * stride_n + F + f, mask=f < F, other=0.0).to(tl.float32)
+        tl.store(out_ptr + n * F + f, y, mask=f < F)
+
+
+def _launch(x, name, bias, gated):
+    rows = x.reshape(-1, x.size(-1)) if x.stride(-1) == 1 else x.contiguous().view(-1, x.size(-1))
+    width = x.size(-1) // 2 if gated else x.size(-1)
+    out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
+    BLOCK_F = min(triton.next_power_of_2(width), 1024)
+    _act_kernel[(rows.size(0), triton.cdiv(width, BLOCK_F))](rows, rows if bias is None else bias, out, rows.stride(0),
+                                                             width, NAME=name, HAS_BIAS=bias is not None, GATED=gated,
+                                                             BLOCK_F=BLOCK_F)
+    return out
+
+
+def _gelu_tanh_cpu(x):
+    """The sigmoid form: twice as fast as F.gelu(approximate="tanh"), since PyTorch's CPU exp beats its tanh."""
+    y = x.float()
+    u = (y * y).mul_(2 * math.sqrt(2 / math.pi) * 0.044715).add_(2 * math.sqrt(2 / math.pi)).mul_(y)
+    return u.sigmoid_().mul_(y).to(x.dtype)
+
+
+CPU_FORMS = {**FORMS, "gelu_tanh": _gelu_tanh_cpu}
+
+
+def _known(name):
+    name = ALIASES.get(name, name)
+    if name not in FORMS:
+        raise ValueError(f"activation {name!r} is not known; known are {', '.join([*FORMS, *ALIASES])}")
+    return name
+
+
+# -----------------------------------------------------------------------------
+# what the engine calls
+
+def act(x, name, bias=None):
+    """f(x + bias). x (..., F), bias (F,) of x's dtype or None -> (..., F) in x's dtype, computed in float32. No backward."""
+    name = _known(name)
+    if bias is not None and bias.shape != x.shape[-1:]:
+        raise ValueError(f"expected bias ({x.size(-1)},), got {tuple(bias.shape)}")
+    if triton is None or not (x.is_cuda or INTERPRETED):
+        x = x if bias is None else x + bias
+        return (FORMS if x.is_cuda else CPU_FORMS)[name](x)
+    return _launch(x, name, bias, gated=False)
+
+
+def gated_act(gate_up, name):
+    """f(gate) * up. gate_up (..., 2F): the gate's columns first, as one fused matmul leaves them -> (..., F). No backward."""
+    name = _known(name)
+    if gate_up.size(-1) % 2:
+        raise ValueError(f"expected gate_up (..., 2F), got {tuple(gate_up.shape)}")
+    if triton is None or not (gate_up.is_cuda or INTERPRETED):
+        gate, up = gate_up.chunk(2, dim=-1)
+        return (FORMS if gate_up.is_cuda else CPU_FORMS)[name](gate).mul_(up)
+    return _launch(gate_up, name, None, gated=True)

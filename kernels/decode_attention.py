@@ -1,0 +1,168 @@
+"""
+Attention of one new token a row over the static KV cache.
+
+    s[b, h, t] = scale q[b, h] . k[b, h // G, t] + slope[h] (t - (end - 1))          first[b] <= t < end, G = H / KVH
+    out[b, h]  = sum_t softmax(s[b, h])[t] v[b, h // G, t]        first = start, or end - window where that is later
+
+This reads the cache once, 2 B KVH (end - first) D numbers, and does almost nothing with them, so it is bound by memory:
+K and V are never repeated for the G query heads of a group (PyTorch's usual form copies them G times), no (B, T) mask is
+read, and left padding is skipped, not masked. One program per row and KV head would leave a GPU empty at a small batch, so
+the columns are split over programs too; each keeps a running softmax in float32 and hands on its part with the logsumexp
+of its scores, and a second kernel weighs the parts. Inference only: no backward.
+
+Running softmax: Dao et al. 2022, https://arxiv.org/abs/2205.14135. Split over the sequence: Dao et al. 2023,
+"Flash-Decoding", https://crfm.stanford.edu/2023/10/12/flashdecoding.html. ALiBi: Press et al. 2021, https://arxiv.org/abs/2108.12409
+"""
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no Triton build for this platform: PyTorch serves every call
+    triton = None
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as @triton.jit does
+
+
+def decode_bias(start, end, alibi_slopes=None, window=0, kv_heads=1):
+    """
+    What PyTorch's form adds to the scores: -inf before `start`, ALiBi's slope elsewhere, over the last n columns that any
+    row may see. (B, 1, 1, n) float32, or with slopes (B, kv_heads, G, n). The same for all layers of a step that share
+    a window, so a caller may build it once.
+    """
+    end = int(end)
+    first = max(int(start.min()), end - window if window else 0)
+    columns = torch.arange(first, end, device=start.device)
+    bias = torch.where(columns >= start[:, None], 0.0, -float("inf"))[:, None, None]
+    if alibi_slopes is not None:
+        bias = bias + alibi_slopes.float().view(kv_heads, -1, 1) * (columns - (end - 1))
+    return bias
+
+
+def decode_attention_reference(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, window=0, bias=None):
+    """
+    The definition, and the CPU's form. In float32 throughout: with one query a head PyTorch's own bf16 kernels
+    (scaled_dot_product_attention, matmul) are 2 to 5 times slower on a CPU than converting the cache.
+    """
+    (B, H, D), KVH = q.shape, cache_k.size(1)
+    if bias is None:
+        bias = decode_bias(start, end, alibi_slopes, window, KVH)
+    end = int(end)
+    k, v = (cache[:, :, end - bias.size(-1):end].float() for cache in (cache_k, cache_v))
+    scores = torch.matmul(q.float().view(B, KVH, H // KVH, D) * scale, k.transpose(-1, -2)) + bias
+    return torch.matmul(scores.softmax(-1), v).view(B, H, D).to(q.dtype)
+
+
+# -----------------------------------------------------------------------------
+# Triton: one program per row b, KV head and split; its G query heads are the rows of one small matmul
+
+if triton is not None:
+
+    @triton.jit
+    def _decode_kernel(q_ptr, k_ptr, v_ptr, start_ptr, end_ptr, slopes_ptr, part_ptr, lse_ptr, scale, window,
+                       stride_qb, stride_qh, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, KVH,
+                       G: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, HAS_ALIBI: tl.constexpr,
+                       IN_FLOAT32: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+        b = (tl.program_id(0) // KVH).to(tl.int64)
+        kv_head = tl.program_id(0) % KVH
+        split = tl.program_id(1)
+        end = tl.load(end_ptr)
+        first = tl.load(start_ptr + b)
+        if window > 0:
+            first = tl.maximum(first, end - window)
+        length = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_T) * BLOCK_T
+        low = first + split * length
+        high = tl.minimum(low + length, end)  # a late split of a short row has no columns, and says so by lse = -inf
+
+        g, d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+        head = kv_head * G + g
+        q_mask = (g < G)[:, None] & (d < D)[None, :]
+        q = tl.load(q_ptr + b * stride_qb + head[:, None] * stride_qh + d[None, :], mask=q_mask, other=0.0)
+        if HAS_ALIBI:
+            slope = tl.load(slopes_ptr + head, mask=g < G, other=0.0).to(tl.float32)
+        running_max = tl.full((BLOCK_G,), -float("inf"), tl.float32)
+        running_sum = tl.zeros((BLOCK_G,), tl.float32)
+        acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
+        for begin in range(low, high, BLOCK_T):
+            t = begin + tl.arange(0, BLOCK_T)
+            kv_mask = (t < high)[:, None] & (d < D)[None, :]
+            k = tl.load(k_ptr + b * stride_kb + kv_head * stride_kh + t[:, None] * stride_kt + d[None, :], mask=kv_mask,
+                        other=0.0)
+            v = tl.load(v_ptr + b * stride_vb + kv_head * stride_vh + t[:, None] * stride_vt + d[None, :], mask=kv_mask,
+                        other=0.0)
+            if IN_FLOAT32:
+                q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            if HAS_ALIBI:
+                s += slope[:, None] * (t - (end - 1)).to(tl.float32)[None, :]
+            s = tl.where((t < high)[None, :], s, -float("inf"))
+            new_max = tl.maximum(running_max, tl.max(s, axis=1))
+            rescale = tl.exp(running_max - new_max)
+            p = tl.exp(s - new_max[:, None])
+            running_sum = running_sum * rescale + tl.sum(p, axis=1)
+            acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            running_max = new_max
+        running_sum = tl.maximum(running_sum, 1e-38)  # no columns: acc = 0 and lse = -inf
+        acc = acc / running_sum[:, None]
+        part = (b * KVH * G + head) * SPLITS + split
+        tl.store(part_ptr + part[:, None] * D + d[None, :], acc, mask=q_mask)
+        tl.store(lse_ptr + part, running_max + tl.log(running_sum), mask=g < G)
+
+    @triton.jit
+    def _combine_kernel(part_ptr, lse_ptr, out_ptr, SPLITS: tl.constexpr, D: tl.constexpr, BLOCK_S: tl.constexpr,
+                        BLOCK_D: tl.constexpr):
+        bh = tl.program_id(0).to(tl.int64)
+        s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+        lse = tl.load(lse_ptr + bh * SPLITS + s, mask=s < SPLITS, other=-float("inf"))
+        weight = tl.exp(lse - tl.max(lse, axis=0))
+        mask = (s < SPLITS)[:, None] & (d < D)[None, :]
+        part = tl.load(part_ptr + (bh * SPLITS + s[:, None]) * D + d[None, :], mask=mask, other=0.0)
+        out = tl.sum(part * weight[:, None], axis=0) / tl.sum(weight, axis=0)
+        tl.store(out_ptr + bh * D + d, out, mask=d < D)
+
+
+def _splits(device, programs, columns, BLOCK_T):
+    """Enough for two programs a multiprocessor, from the cache's size: the grid must not depend on `end`'s value."""
+    wanted = 8 if INTERPRETED else 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(triton.cdiv(wanted, programs), triton.cdiv(columns, BLOCK_T), 64))
+
+
+# -----------------------------------------------------------------------------
+# what the engine calls
+
+def decode_attention(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, window=0, bias=None):
+    """
+    q                 (B, H, D), one query a row: the token in column end - 1, whose k and v are in the cache already
+    cache_k, cache_v  (B, KVH, T, D) of q's dtype; H is a multiple of KVH, query heads of a group are neighbours
+    start             (B,) int64, first valid column of each row (its left padding); start < end
+    end               0-dim int64 tensor, number of written columns, the same for all rows
+    scale             usually D ** -0.5; alibi_slopes (H,) float32 or None; window > 0: only the last `window` columns
+    bias              decode_bias(start, end, alibi_slopes, window, KVH), to build it once a step; the kernel ignores it
+    returns           (B, H, D) in q's dtype. No backward; nothing on a GPU waits for `end`'s value.
+    """
+    (B, H, D), (_, KVH, T, _) = q.shape, cache_k.shape
+    if cache_k.shape != (B, KVH, T, D) or cache_v.shape != cache_k.shape or H % KVH or start.shape != (B,):
+        raise ValueError(f"expected q (B, H, D), caches (B, KVH, T, D) with H a multiple of KVH, start (B,), got "
+                         f"{tuple(q.shape)}, {tuple(cache_k.shape)}, {tuple(cache_v.shape)}, {tuple(start.shape)}")
+    if triton is None or not (q.is_cuda or INTERPRETED):
+        return decode_attention_reference(q, cache_k, cache_v, start, end, scale, alibi_slopes, window, bias)
+    q = q if q.stride(-1) == 1 else q.contiguous()
+    BLOCK_T = 64 if D <= 128 else 32
+    BLOCK_D = max(triton.next_power_of_2(D), 16)  # tl.dot wants 16 at least, of the query heads too
+    G = H // KVH
+    splits = _splits(q.device, B * KVH, min(T, window) if window else T, BLOCK_T)
+    out = torch.empty(B, H, D, dtype=q.dtype, device=q.device)
+    part = out if splits == 1 else torch.empty(B, H, splits, D, dtype=torch.float32, device=q.device)
+    lse = torch.empty(B, H, splits, dtype=torch.float32, device=q.device)
+    _decode_kernel[(B * KVH, splits)](
+        q, cache_k, cache_v, start, end, q if alibi_slopes is None else alibi_slopes, part, lse, scale, window,
+        *q.stride()[:2], *cache_k.stride()[:3], *cache_v.stride()[:3], KVH, G=G, D=D, SPLITS=splits,
+        HAS_ALIBI=alibi_slopes is not None, IN_FLOAT32=INTERPRETED,  # the interpreter's tl.dot reads bfloat16's bits as ints
+        BLOCK_G=max(triton.next_power_of_2(G), 16), BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D)
+    if splits > 1:
+        _combine_kernel[(B * H,)](part, lse, out, SPLITS=splits, D=D, BLOCK_S=triton.next_power_of_2(splits),
+                                  BLOCK_D=BLOCK_D)
+    return out
