@@ -230,12 +230,10 @@ def write_summary(config, section, values, model):
     if dist.get_rank() != 0:
         return {}
     path = Path(config.output_dir) / "summary.json"
-    summary = json.loads(path.read_text()) if path.exists() else {}
+    summary = json.loads(path.read_text()) if path.exists() and section != "sft" else {}  # a new run begins with SFT
     summary[section] = {name: round(value, 4) for name, value in values.items() if value is not None}
     summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "ppo") if s in summary), 1)
-    if section == "sft" or "model" not in summary:
-        summary["model"] = model
-    summary.update(hardware=Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem, seed=config.seed,
+    summary.update(model=summary.get("model", model), hardware=Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem, seed=config.seed,
                    versions={"python": sys.version.split()[0], "torch": torch.__version__, "deepspeed": deepspeed.__version__,
                              "transformers": transformers.__version__})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
@@ -246,12 +244,13 @@ def write_summary(config, section, values, model):
 # -----------------------------------------------------------------------------
 # models: Hugging Face folders in, Hugging Face folders out
 
-def load_model(name_or_path, tokenizer, settings, head="lm", score_from_lm=False, chunk_seed=0):
+def load_model(name_or_path, tokenizer, settings, tokens, head="lm", score_from_lm=False):
     """
     A Hugging Face model in the compute dtype, all dropout off (PPO compares log-probabilities of two passes; see
     disable_dropout), its vocabulary as large as the tokenizer's, its pad and EOS ids the tokenizer's.
 
     name_or_path   folder, hub name, or `tiny`: random weights in the shape of configs/tiny.json
+    tokens         the longest sequence it will see; more than it has positions for is an error
     head           "lm" (AutoModelForCausalLM) or "score" (AutoModelForSequenceClassification, one label)
     score_from_lm  with "score": the folder may hold a language model; the head is then new, N(0, 1/(hidden + 1))
                    (Stiennon et al. 2020, appendix; its variance keeps first scores near unit scale)
@@ -262,6 +261,10 @@ def load_model(name_or_path, tokenizer, settings, head="lm", score_from_lm=False
     except (OSError, ValueError) as error:
         raise UsageError(f"{name_or_path}: not a model folder, and not found on the hub ({str(error).splitlines()[0]}). "
                          "A model folder holds config.json, weights (model.safetensors) and a tokenizer.") from error
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and tokens > positions:
+        raise UsageError(f"{name_or_path} has {positions} positions and {tokens} tokens were asked for; lower --max_seq_len, or "
+                         "--max_prompt_seq_len and --max_answer_seq_len, which are added up.")
     disable_dropout(config)
     if head == "score":
         config.num_labels = 1
@@ -597,6 +600,15 @@ def plain_grad_norm(engine):
     if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary() or hasattr(engine.optimizer, "_global_grad_norm"):
         return None
     return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+
+
+def tensor_parallel_group(size):
+    """The process group of this rank and its neighbours that generate together, `size` ranks each; None for 1. Collective."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if size < 1 or world % size:
+        raise UsageError(f"--inference_tp_size {size} does not divide the {world} process(es) of this run.")
+    groups = [dist.new_group(range(first, first + size)) for first in range(0, world, size)] if size > 1 else [None] * world
+    return groups[rank // size]
 
 
 def to_device(batch):

@@ -85,7 +85,8 @@ def main(config):
 
     # -------------------------------------------------------------------------
     # model and optimiser
-    model = LanguageModel(add_lora(load_model(config.model_name_or_path, tokenizer, settings), config))
+    longest = max(config.max_seq_len, config.max_prompt_seq_len + config.max_answer_seq_len)
+    model = LanguageModel(add_lora(load_model(config.model_name_or_path, tokenizer, settings, longest), config))
     engine = train_engine(model, settings, config, config.learning_rate, total_steps)
     print0(f"{config.model_name_or_path}: {parameter_count(model) / 1e6:.1f}M parameters, {total_steps} steps")
 

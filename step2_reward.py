@@ -90,7 +90,7 @@ def main(config):
 
     # -------------------------------------------------------------------------
     # model and optimiser
-    model = load_model(config.model_name_or_path, tokenizer, settings, head="score", score_from_lm=True)
+    model = load_model(config.model_name_or_path, tokenizer, settings, config.max_seq_len, head="score", score_from_lm=True)
     model = RewardModel(add_lora(model, config))
     engine = train_engine(model, settings, config, config.learning_rate, total_steps)
     print0(f"{config.model_name_or_path}: {parameter_count(model) / 1e6:.1f}M parameters, {total_steps} steps")

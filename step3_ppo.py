@@ -43,7 +43,7 @@ from data import (Collator, DataConfig, EncodedDataset, count_steps, decode_answ
                   make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog, RewardModel, UsageError,
                            adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model, parameter_count, print0, run_stage,
-                           save_model, setup, to_device, train_engine, train_step, write_summary)
+                           save_model, setup, tensor_parallel_group, to_device, train_engine, train_step, write_summary)
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Config(EngineConfig, DataConfig):
     missing_eos_penalty: float = flag(0.0, "taken off the score of an answer that did not end")
     temperature: float = flag(1.0, "of sampling, and of all log-probabilities")
     top_p: float = flag(1.0, "nucleus sampling in rollouts; below 1 the ratio's policy is still the whole one")
+    inference_tp_size: int = flag(1, "processes that share one copy of the actor's weights while generating")
     enable_ema: bool = flag(False, "also keep and save an average of the actor's weights (decay 0.992)")
 
 
@@ -154,8 +155,9 @@ class DeepSpeedRLHFEngine:
         updates = num_total_iters * args.ppo_epochs * minibatches
         self.tokenizer, self.args = tokenizer, args
 
-        load_actor = lambda: load_model(actor_model_name_or_path, tokenizer, settings)
-        load_score = lambda: RewardModel(load_model(critic_model_name_or_path, tokenizer, settings, head="score"))
+        longest = args.max_prompt_seq_len + args.max_answer_seq_len
+        load_actor = lambda: load_model(actor_model_name_or_path, tokenizer, settings, longest)
+        load_score = lambda: RewardModel(load_model(critic_model_name_or_path, tokenizer, settings, longest, head="score"))
         actor = LanguageModel(add_lora(load_actor(), args))
         self.ref = None if args.lora_dim and args.only_optimize_lora else frozen_engine(LanguageModel(load_actor()), settings)
         self.reward = frozen_engine(load_score(), settings)
@@ -164,7 +166,7 @@ class DeepSpeedRLHFEngine:
         self.actor = train_engine(actor, settings, args, args.actor_learning_rate, updates)
         self.critic = train_engine(critic, settings, args, args.critic_learning_rate, updates)
         self.ema = ExponentialMovingAverage(self.actor, decay=0.992) if args.enable_ema else None
-        self.generator = InferenceEngine(self.actor.module.model)
+        self.generator = InferenceEngine(self.actor.module.model, tensor_parallel_group(args.inference_tp_size))
         ends = self.actor.module.model.generation_config.eos_token_id
         self.eos_token_ids = ends if isinstance(ends, list) else [ends]
 

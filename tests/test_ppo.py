@@ -31,7 +31,7 @@ def small_models(kind, folder, tokenizer):
 @pytest.fixture(params=["opt", "llama"])
 def trainer(request, tmp_path, process_group):
     tokenizer = load_tokenizer("tiny")
-    args = Config(per_device_generation_batch_size=4, per_device_train_batch_size=4, max_answer_seq_len=12, actor_learning_rate=1e-3,
+    args = Config(per_device_generation_batch_size=4, per_device_train_batch_size=4, max_prompt_seq_len=16, max_answer_seq_len=12, actor_learning_rate=1e-3,
                   critic_learning_rate=1e-3, lr_scheduler_type="constant", temperature=0.8)
     engine = DeepSpeedRLHFEngine(*small_models(request.param, tmp_path, tokenizer), tokenizer=tokenizer, num_total_iters=4, args=args)
     return DeepSpeedPPOTrainer(engine=engine, args=args)
@@ -102,7 +102,7 @@ def test_values_are_of_the_state_before_each_token(trainer):
 
 def test_the_rlhf_api_runs_as_written(tmp_path, process_group):
     tokenizer = load_tokenizer("tiny")
-    args = Config(max_answer_seq_len=8, per_device_generation_batch_size=2, per_device_train_batch_size=2)
+    args = Config(max_prompt_seq_len=64, max_answer_seq_len=8, per_device_generation_batch_size=2, per_device_train_batch_size=2)
     actor_path, critic_path = small_models("opt", tmp_path, tokenizer)
     prompts = EncodedDataset(load_records(DataConfig(), stage=3)[0][:4], tokenizer, 3, 64)
     prompt_train_dataloader = make_dataloader(prompts, Collator(3, tokenizer.pad_token_id), 2, seed=0)
