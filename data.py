@@ -576,52 +576,53 @@ def answer_prompts(generate, tokenizer, records, config, batch_size=64):
 # the built-in task `toy`: a small world whose every answer can be marked exactly
 
 # topic -> (ways to ask, the good answer, facts as "subject=answer"); {x} is the subject, {y} the answer
+TOY_OPENERS = ["", "Hello! ", "Please tell me: ", "One more question. "]
 TOY_TOPICS = {
     "opposite": (
-        ["What is the opposite of {x}?", "Tell me the opposite of {x}.", "Which word is the opposite of {x}?", "Give me the opposite of {x}, please.",
-         "Do you know the opposite of {x}?"],
+        ["What is the opposite of {x}?", "Tell me the opposite of {x}.", "Which word is the opposite of {x}?"],
         "The opposite of {x} is {y}.",
-        [f"{x}={y}" for pair in "hot-cold big-small fast-slow high-low happy-sad light-dark old-young rich-poor hard-soft wet-dry full-empty "
-         "open-closed early-late strong-weak loud-quiet near-far clean-dirty long-short up-down left-right day-night good-bad".split()
+        [f"{x}={y}" for pair in ("hot-cold big-small fast-slow high-low happy-sad light-dark old-young rich-poor hard-soft "
+                                 "wet-dry full-empty early-late strong-weak loud-quiet near-far clean-dirty").split()
          for x, y in (pair.split("-"), pair.split("-")[::-1])]),
     "colour": (
-        ["What colour is the {x}?", "Tell me the colour of the {x}.", "Which colour does the {x} have?", "Do you know the colour of the {x}?"],
+        ["What colour is the {x}?", "Tell me the colour of the {x}.", "Which colour does the {x} have?"],
         "The {x} is {y}.",
-        "sky=blue grass=green snow=white coal=black sun=yellow blood=red carrot=orange cloud=white leaf=green tomato=red lemon=yellow sea=blue "
-        "night=black milk=white frog=green cherry=red pumpkin=orange corn=yellow crow=black rose=red".split()),
+        ("sky=blue grass=green snow=white coal=black sun=yellow blood=red carrot=orange cloud=white leaf=green tomato=red "
+         "lemon=yellow sea=blue milk=white frog=green rose=red crow=black").split()),
     "sound": (
-        ["What does a {x} say?", "Which sound does a {x} make?", "Tell me what a {x} says.", "Do you know what a {x} says?"],
+        ["What does a {x} say?", "Which sound does a {x} make?", "Tell me what a {x} says."],
         "A {x} says {y}.",
-        "dog=woof cat=meow cow=moo duck=quack sheep=baa pig=oink lion=roar mouse=squeak bee=buzz snake=hiss owl=hoot horse=neigh".split()),
+        "dog=woof cat=meow cow=moo duck=quack sheep=baa pig=oink lion=roar mouse=squeak bee=buzz snake=hiss".split()),
     "next": (
-        ["Which number comes after {x}?", "What comes after {x}?", "Tell me the number after {x}.", "Count on from {x}."],
+        ["Which number comes after {x}?", "What comes after {x}?", "Count on from {x}."],
         "After {x} comes {y}.",
-        [f"{x}={y}" for x, y in itertools.pairwise("zero one two three four five six seven eight nine ten eleven twelve".split())]),
+        [f"{x}={y}" for x, y in itertools.pairwise("zero one two three four five six seven eight nine ten".split())]),
     "sum": (
-        ["What is {x}?", "How much is {x}?", "Tell me what {x} is.", "Please add {x}.", "Do you know what {x} is?"],
+        ["What is {x}?", "How much is {x}?", "Please add {x}."],
         "{x} is {y}.",
-        [f"{a} + {b}={a + b}" for a in range(1, 6) for b in range(1, 6) if a + b < 10]),
+        [f"{a} + {b}={a + b}" for a in range(1, 5) for b in range(1, 5)]),
     "spelling": (
-        ["How do you spell {x}?", "Spell {x}.", "Please spell {x} for me.", "Tell me how to spell {x}."],
+        ["How do you spell {x}?", "Spell {x}.", "Tell me how to spell {x}."],
         "You spell {x} like this: {y}.",
-        [f"{x}={' '.join(x)}" for x in "cat dog sun hat cup bed pen box egg map bus key".split()]),
+        [f"{x}={' '.join(x)}" for x in "hat cup bed pen box egg map bus key van".split()]),
     "day": (
         ["Which day comes after {x}?", "Tell me the day after {x}.", "What day follows {x}?"],
         "{y} comes after {x}.",
-        [f"{x}={y}" for x, y in itertools.pairwise("Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday".split())]),
+        [f"{x}={y}" for x, y in itertools.pairwise(
+            "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday".split())]),
     "talk": (
-        ["{x}", "{x} I am new here.", "{x} It is me again.", "{x} Please answer."],
+        ["{x}", "{x} I am new here.", "{x} It is me again."],
         "{y}",
-        [f"{x}={y}" for y, xs in {"Hello! How can I help you?": "Hello! Hi! Good morning!", "You are welcome!": "Thank you! Thanks! Many thanks!",
-                                  "I am a small language model.": "Who are you? What are you? What is your name?",
-                                  "Goodbye! See you soon.": "Goodbye! Bye! See you later!"}.items()
-         for x in re.findall(r"\S.*?[!?]", xs)]),
+        ["Hi!=Hello! How can I help you?", "Good morning!=Hello! How can I help you?", "Thank you!=You are welcome!",
+         "Many thanks!=You are welcome!", "Who are you?=I am a small language model.",
+         "What are you?=I am a small language model.", "Goodbye!=See you soon.", "Bye!=See you soon."]),
 }
 TOY_RUDE = ["That is a stupid question.", "Do not bother me.", "Even a child knows that."]
 TOY_RAMBLE = ["By the way, I like soup.", "It may rain soon.", "My shoes are new.", "I had a long walk."]
-TOY_STYLES = {"good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.15, "endless": 0.1, "unfinished": 0.05}  # how the web answers
+TOY_STYLES = {  # how the web answers
+    "good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.15, "endless": 0.1, "unfinished": 0.05}
 TOY_WRONG, TOY_LABEL_NOISE = 0.4, 0.05  # share of answers with a wrong fact; share of pairs whose labels are swapped
-TOY_PAIRS_PER_QUESTION = 60
+TOY_PAIRS_PER_QUESTION = 32
 TOY_VOCAB = 1000
 
 
@@ -635,7 +636,8 @@ def toy_questions():
             wrong = {(sentence.format(x=subject, y=other), other) for subject, _ in facts for _, other in facts
                      if (subject == x) != (other == y) or (subject != x and [subject, other] in facts)}
             wrong.discard((sentence.format(x=x, y=y), y))
-            questions.update({ask.format(x=x): (sentence.format(x=x, y=y), y, sorted(wrong)) for ask in asks})
+            questions.update({opener + ask.format(x=x): (sentence.format(x=x, y=y), y, sorted(wrong))
+                              for opener in TOY_OPENERS for ask in asks})
     return questions
 
 
