@@ -389,29 +389,33 @@ def load_tokenizer(name_or_path, chat_template=""):
     return tokenizer
 
 
-def encode_prompt(tokenizer, messages):
-    """messages -> (text, ids) up to and including the words that open the assistant's turn."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text, tokenizer(text, add_special_tokens=False).input_ids
+def encode_prompts(tokenizer, prompts):
+    """List of message lists -> (texts, ids), each up to and including the words that open the assistant's turn."""
+    texts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+    return texts, tokenizer(texts, add_special_tokens=False).input_ids
 
 
-def encode_answer(tokenizer, messages, answer):
+def encode_answers(tokenizer, prompts, answers):
     """
-    -> (prompt ids, answer ids). The answer ends with EOS. The prompt is tokenised as it will be at generation, by
-    itself: its ids
-    are what the model sees before it answers, even where prompt and answer would merge at their seam.
+    Lists of message lists and of answer texts -> list of (prompt ids, answer ids). An answer ends with EOS. A prompt is
+    tokenised as it will be at generation, by itself: its ids are what the model sees before it answers, even where
+    prompt and answer would merge at their seam.
     """
-    prompt_text, prompt = encode_prompt(tokenizer, messages)
-    full_text = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": answer}], tokenize=False).rstrip()
-    if not full_text.startswith(prompt_text):
-        raise UsageError("the chat template does not continue its own generation prompt: an answer's text must begin where "
-                        "add_generation_prompt=True ends. Give another with --chat_template.")
-    full = tokenizer(full_text, add_special_tokens=False).input_ids
-    response = full[len(prompt):] if full[:len(prompt)] == prompt else \
-        tokenizer(full_text[len(prompt_text):], add_special_tokens=False).input_ids
-    if not response or response[-1] != tokenizer.eos_token_id:
-        response = response + [tokenizer.eos_token_id]
-    return prompt, response
+    dialogues = [prompt + [{"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers)]
+    prompt_texts, prompt_ids = encode_prompts(tokenizer, prompts)
+    full_texts = [text.rstrip() for text in tokenizer.apply_chat_template(dialogues, tokenize=False)]
+    encoded = []
+    for prompt_text, prompt, full_text, full in zip(prompt_texts, prompt_ids, full_texts,
+                                                    tokenizer(full_texts, add_special_tokens=False).input_ids):
+        if not full_text.startswith(prompt_text):
+            raise UsageError("the chat template does not continue its own generation prompt: an answer's text must begin "
+                             "where add_generation_prompt=True ends. Give another with --chat_template.")
+        response = full[len(prompt):] if full[:len(prompt)] == prompt else \
+            tokenizer(full_text[len(prompt_text):], add_special_tokens=False).input_ids
+        if not response or response[-1] != tokenizer.eos_token_id:
+            response = response + [tokenizer.eos_token_id]
+        encoded.append((prompt, response))
+    return encoded
 
 
 class EncodedDataset(Dataset):
@@ -422,35 +426,40 @@ class EncodedDataset(Dataset):
     stage 2  chosen, rejected                                            prompt + answer + EOS each
     stage 3  input_ids, record                                           the prompt alone
 
-    Answers that do not fit max_seq_len are cut (and lose their EOS: what was cut does not end there); prompts that
-    leave
-    no room for an answer, or exceed max_prompt_seq_len in stage 3, are dropped. Both are counted and said.
+    Answers that do not fit max_len are cut (and lose their EOS: what was cut does not end there); prompts that leave no
+    room for an answer, or are longer than max_len in stage 3, are dropped. Both are counted and said.
     """
 
     def __init__(self, records, tokenizer, stage, max_len, log=print):
-        self.items, dropped, cut = [], 0, 0
-        for record in tqdm(records, desc=f"encoding for stage {stage}", disable=len(records) < 20_000, mininterval=2):
+        self.items, self.dropped, self.cut = [], 0, 0
+        for start in tqdm(range(0, len(records), 1000), desc=f"encoding for stage {stage}, thousands of rows",
+                          disable=len(records) < 50_000):
+            chunk = records[start:start + 1000]
+            prompts = [record.prompt for record in chunk]
             if stage == 3:
-                sequences = [encode_prompt(tokenizer, record.prompt)[1]]
-                if len(sequences[0]) > max_len:
-                    dropped += 1
-                    continue
-                self.items.append({"input_ids": np.array(sequences[0], np.int32), "record": record})
+                for record, ids in zip(chunk, encode_prompts(tokenizer, prompts)[1]):
+                    self._add(len(ids) <= max_len, {"input_ids": ids}, max_len, record=record)
                 continue
-            answers = [record.chosen] if stage == 1 else [record.chosen, record.rejected]
-            encoded = [encode_answer(tokenizer, record.prompt, answer) for answer in answers]
-            prompt_len = len(encoded[0][0])
-            if prompt_len >= max_len:
-                dropped += 1
+            chosen = encode_answers(tokenizer, prompts, [record.chosen for record in chunk])
+            if stage == 1:
+                for prompt, answer in chosen:
+                    self._add(len(prompt) < max_len, {"input_ids": prompt + answer}, max_len, prompt_len=len(prompt))
                 continue
-            cut += any(len(prompt + response) > max_len for prompt, response in encoded)
-            sequences = [np.array((prompt + response)[:max_len], np.int32) for prompt, response in encoded]
-            self.items.append({"input_ids": sequences[0], "prompt_len": prompt_len} if stage == 1 else
-                              {"chosen": sequences[0], "rejected": sequences[1]})
+            rejected = encode_answers(tokenizer, prompts, [record.rejected for record in chunk])
+            for (prompt, better), (_, worse) in zip(chosen, rejected):
+                self._add(len(prompt) < max_len, {"chosen": prompt + better, "rejected": prompt + worse}, max_len)
         limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
-        log(f"data: {len(self.items)} examples encoded; {dropped} dropped (prompt over {limit} {max_len}), {cut} answers cut to fit")
+        log(f"data: {len(self.items)} examples encoded; {self.dropped} dropped (prompt over {limit} {max_len}), "
+            f"{self.cut} with answers cut to fit")
         if not self.items:
-            raise UsageError(f"all {dropped} prompts are longer than {limit} {max_len} tokens allow; raise it, or shorten the prompts.")
+            raise UsageError(f"all {self.dropped} prompts are longer than {limit} {max_len} allows; raise it, or shorten "
+                             "the prompts.")
+
+    def _add(self, fits, sequences, max_len, **others):
+        self.dropped += not fits
+        if fits:
+            self.cut += any(len(ids) > max_len for ids in sequences.values())
+            self.items.append({name: np.array(ids[:max_len], np.int32) for name, ids in sequences.items()} | others)
 
     def __len__(self):
         return len(self.items)
