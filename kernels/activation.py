@@ -8,10 +8,11 @@ The MLP's activation with what stands beside it: the bias before, or the product
     silu       x sigmoid(x)                         gelu_tanh  x/2 (1 + tanh u) = x sigmoid(2u),
                                                                u = sqrt(2/pi) (x + 0.044715 x^3)
 
-The bias add alone reads and writes N*F numbers before the activation reads them again; so does a gate's activation before
-the product. In one pass the traffic is the inputs once and the output once. Inference only: no backward.
+The bias add alone reads and writes N*F numbers before the activation reads them again; so does a gate's activation
+before the product. In one pass the traffic is the inputs once and the output once. Inference only: no backward.
 
-GELU: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415. Gated forms: Shazeer 2020, https://arxiv.org/abs/2002.05202
+GELU: Hendrycks & Gimpel 2016, https://arxiv.org/abs/1606.08415. Gated forms: Shazeer 2020,
+https://arxiv.org/abs/2002.05202
 """
 
 import math
@@ -107,7 +108,7 @@ def _known(name):
 # what the engine calls
 
 def act(x, name, bias=None):
-    """f(x + bias). x (..., F), bias (F,) of x's dtype or None -> (..., F) in x's dtype, computed in float32. No backward."""
+    """f(x + bias), computed in float32. x (..., F), bias (F,) of its dtype or None -> (..., F) in x's dtype."""
     name = _known(name)
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(f"expected bias ({x.size(-1)},), got {tuple(bias.shape)}")
@@ -118,7 +119,7 @@ def act(x, name, bias=None):
 
 
 def gated_act(gate_up, name):
-    """f(gate) * up. gate_up (..., 2F): the gate's columns first, as one fused matmul leaves them -> (..., F). No backward."""
+    """f(gate) * up. gate_up (..., 2F), the gate first, as one fused matmul leaves them -> (..., F). No grad."""
     name = _known(name)
     if gate_up.size(-1) % 2:
         raise ValueError(f"expected gate_up (..., 2F), got {tuple(gate_up.shape)}")

@@ -4,14 +4,15 @@ Attention of one new token a row over the static KV cache.
     s[b, h, t] = scale q[b, h] . k[b, h // G, t] + slope[h] (t - (end - 1))          first[b] <= t < end, G = H / KVH
     out[b, h]  = sum_t softmax(s[b, h])[t] v[b, h // G, t]        first = start, or end - window where that is later
 
-This reads the cache once, 2 B KVH (end - first) D numbers, and does almost nothing with them, so it is bound by memory:
-K and V are never repeated for the G query heads of a group (PyTorch's usual form copies them G times), no (B, T) mask is
-read, and left padding is skipped, not masked. One program per row and KV head would leave a GPU empty at a small batch, so
-the columns are split over programs too; each keeps a running softmax in float32 and hands on its part with the logsumexp
-of its scores, and a second kernel weighs the parts. Inference only: no backward.
+This reads the cache once, 2 B KVH (end - first) D numbers, and does almost nothing with them, so it is bound by
+memory: K and V are never repeated for the G query heads of a group (PyTorch's usual form copies them G times), no (B,
+T) mask is read, and left padding is skipped, not masked. One program per row and KV head would leave a GPU empty at a
+small batch, so the columns are split over programs too; each keeps a running softmax in float32 and hands on its part
+with the logsumexp of its scores, and a second kernel weighs the parts. Inference only: no backward.
 
 Running softmax: Dao et al. 2022, https://arxiv.org/abs/2205.14135. Split over the sequence: Dao et al. 2023,
-"Flash-Decoding", https://crfm.stanford.edu/2023/10/12/flashdecoding.html. ALiBi: Press et al. 2021, https://arxiv.org/abs/2108.12409
+"Flash-Decoding", https://crfm.stanford.edu/2023/10/12/flashdecoding.html. ALiBi: Press et al. 2021,
+https://arxiv.org/abs/2108.12409
 """
 
 import os
@@ -29,9 +30,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as @triton
 
 def decode_bias(start, end, alibi_slopes=None, window=0, kv_heads=1):
     """
-    What PyTorch's form adds to the scores: -inf before `start`, ALiBi's slope elsewhere, over the last n columns that any
-    row may see. (B, 1, 1, n) float32, or with slopes (B, kv_heads, G, n). The same for all layers of a step that share
-    a window, so a caller may build it once.
+    What PyTorch's form adds to the scores: -inf before `start`, ALiBi's slope elsewhere, over the last n columns that
+    any row may see. (B, 1, 1, n) float32, or with slopes (B, kv_heads, G, n). The same for all layers of a step that
+    share a window, so a caller may build it once.
     """
     end = int(end)
     first = max(int(start.min()), end - window if window else 0)
@@ -45,7 +46,8 @@ def decode_bias(start, end, alibi_slopes=None, window=0, kv_heads=1):
 def decode_attention_reference(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, window=0, bias=None):
     """
     The definition, and the CPU's form. In float32 throughout: with one query a head PyTorch's own bf16 kernels
-    (scaled_dot_product_attention, matmul) are 2 to 5 times slower on a CPU than converting the cache.
+    (scaled_dot_product_attention, matmul) are 2 to 5 times slower on a CPU than converting one layer's cache, call by
+    call.
     """
     (B, H, D), KVH = q.shape, cache_k.size(1)
     if bias is None:
@@ -160,7 +162,7 @@ def decode_attention(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, 
     _decode_kernel[(B * KVH, splits)](
         q, cache_k, cache_v, start, end, q if alibi_slopes is None else alibi_slopes, part, lse, scale, window,
         *q.stride()[:2], *cache_k.stride()[:3], *cache_v.stride()[:3], KVH, G=G, D=D, SPLITS=splits,
-        HAS_ALIBI=alibi_slopes is not None, IN_FLOAT32=INTERPRETED,  # the interpreter's tl.dot reads bfloat16's bits as ints
+        HAS_ALIBI=alibi_slopes is not None, IN_FLOAT32=INTERPRETED,  # its tl.dot takes bfloat16's bits for integers
         BLOCK_G=max(triton.next_power_of_2(G), 16), BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D)
     if splits > 1:
         _combine_kernel[(B * H,)](part, lse, out, SPLITS=splits, D=D, BLOCK_S=triton.next_power_of_2(splits),

@@ -5,9 +5,10 @@ Generalised advantage estimation (Schulman et al. 2016, eq. 16, https://arxiv.or
     advantages[t] = mask[t] (delta[t] + gamma lam advantages[t + 1])
     returns[t]    = mask[t] (advantages[t] + values[t])
 
-The loop below is R steps of five small ops, some 10 us a step. But a[t] = b[t] + c[t] a[t + 1] is a linear recurrence, and
-two of its steps make one: c[t] c[t + 1] and b[t] + c[t] b[t + 1]. So it is a scan: log2 R doubling steps of whole
-(B, R) ops on a CPU, one associative scan a row in Triton, whose traffic is three reads and two writes of (B, R).
+The loop below is R steps of five small ops, some 10 us a step. But a[t] = b[t] + c[t] a[t + 1] is a linear
+recurrence, and two of its steps make one: c[t] c[t + 1] and b[t] + c[t] b[t + 1]. So it is a scan: log2 R doubling
+steps of whole (B, R) ops on a CPU, one associative scan a row in Triton, whose traffic is three reads and two writes
+of (B, R).
 
 Scans of linear recurrences: Blelloch 1990, "Prefix Sums and Their Applications", 1.4.
 """
@@ -58,7 +59,8 @@ if triton is not None:
         return carry_later * carry, here + carry * later
 
     @triton.jit
-    def _gae_kernel(rewards_ptr, values_ptr, mask_ptr, advantages_ptr, returns_ptr, R, gamma, lam, BLOCK_R: tl.constexpr):
+    def _gae_kernel(rewards_ptr, values_ptr, mask_ptr, advantages_ptr, returns_ptr, R, gamma, lam,
+                    BLOCK_R: tl.constexpr):
         row = tl.program_id(0).to(tl.int64) * R
         t = tl.arange(0, BLOCK_R)
         rewards = tl.load(rewards_ptr + row + t, mask=t < R, other=0.0)
@@ -78,13 +80,13 @@ if triton is not None:
 @torch.no_grad()
 def gae(rewards, values, mask, gamma, lam):
     """
-    rewards, values  (B, R) float32, right-padded; values are the critic's before this update; finite under the padding too
+    rewards, values  (B, R) float32, right-padded; values are the critic's before this update; all finite
     mask             (B, R) 1.0 on response tokens up to and including EOS, 0.0 after
     returns          advantages, value targets: both (B, R) float32, zero where mask is zero; detached
     """
     if rewards.ndim != 2 or values.shape != rewards.shape or mask.shape != rewards.shape:
-        raise ValueError(f"expected rewards, values and mask (B, R), got {tuple(rewards.shape)}, {tuple(values.shape)}, "
-                         f"{tuple(mask.shape)}")
+        raise ValueError(f"expected rewards, values and mask (B, R), got {tuple(rewards.shape)}, "
+                         f"{tuple(values.shape)}, {tuple(mask.shape)}")
     rewards, values, mask = rewards.float(), values.float(), mask.float()
     if triton is None or not (rewards.is_cuda or INTERPRETED):
         return _gae_doubling(rewards, values, mask, gamma, lam)

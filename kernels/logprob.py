@@ -12,11 +12,11 @@ PPO asks for this on every response token, for the actor (with gradient) and for
 saves one logsumexp per row, from which the backward rebuilds the softmax.
 
 `linear_logprobs`: the logits need never stand in memory at all. Their sums are online, so the head's matmul can go
-through the vocabulary a slice of columns at a time, and the backward multiplies each slice out once more. At N = 1,024
-tokens, V = 50,272, C = 768 in bf16, PyTorch's form needs 10 bytes a logit at the backward's worst moment, 0.5 GB; here
-it is one slice, some 30 MB. The price is a fourth matmul on top of three, which on a CPU the slices earn back by staying
-in its caches. Slices of columns and not of rows, because then a slice of weight.grad is finished by one matmul over all
-rows, accumulated in float32 inside it, and no float32 copy of weight.grad (154 MB) is needed.
+through the vocabulary a slice of columns at a time, and the backward multiplies each slice out once more. At N =
+1,024 tokens, V = 50,272, C = 768 in bf16, PyTorch's form needs 10 bytes a logit at the backward's worst moment, 0.5
+GB; here it is one slice, some 30 MB. The price is a fourth matmul on top of three, which on a CPU the slices earn
+back by staying in its caches. Slices of columns and not of rows, because then a slice of weight.grad is finished by
+one matmul over all rows, accumulated in float32 inside it, and no float32 copy of weight.grad (154 MB) is needed.
 
 Online softmax: Milakov & Gimelshein 2018, Algorithm 3, https://arxiv.org/abs/1805.02867
 The head's matmul inside the loss: Wijmans et al. 2024, "Cut Your Losses", https://arxiv.org/abs/2411.09009
@@ -166,7 +166,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def slices(hidden, weight, bias):
         """(columns, their logits) for one slice of the vocabulary after the other."""
         N, V = hidden.size(0), weight.size(0)
-        width = max(SLICE["cuda" if hidden.is_cuda else "cpu"] // max(N, 1), 512)
+        width = max(SLICE["cuda" if hidden.is_cuda else "cpu"] // max(N, 1) // 512, 1) * 512  # aligned, for the matmul
         for first in range(0, V, width):
             columns = slice(first, min(first + width, V))
             yield columns, F.linear(hidden, weight[columns], None if bias is None else bias[columns])
@@ -217,7 +217,8 @@ def token_logprobs(logits, targets):
     tensors through the kernel too, which is how the tests run it without a GPU.
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
-        raise ValueError(f"expected logits (N, V) and targets (N,), got {tuple(logits.shape)} and {tuple(targets.shape)}")
+        raise ValueError(f"expected logits (N, V) and targets (N,), "
+                         f"got {tuple(logits.shape)} and {tuple(targets.shape)}")
     if triton is None or not (logits.is_cuda or INTERPRETED):
         return token_logprobs_reference(logits, targets)
     return _TokenLogprobs.apply(logits if logits.stride(-1) == 1 else logits.contiguous(), targets.contiguous())

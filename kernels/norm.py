@@ -6,10 +6,11 @@ Residual add and normalisation in one pass, for the decoder's blocks.
     RMSNorm     s / sqrt(mean(s^2) + eps) * weight           (Gemma: * (1 + weight), `plus_one`)
 
 Separate ops move 7 x N*C numbers (add: 2 in, 1 out; norm: 1 in for the statistics, 1 in for the values, 1 out, and a
-float32 copy where a model casts); one pass moves 4: x and the residual in, the sum and the normed rows out. For one token
-a row the launches weigh more still: one in place of two to six, twice a layer. Inference only: no backward.
+float32 copy where a model casts); one pass moves 4: x and the residual in, the sum and the normed rows out. For one
+token a row the launches weigh more still: one in place of two to six, twice a layer. Inference only: no backward.
 
-LayerNorm: Ba et al. 2016, https://arxiv.org/abs/1607.06450. RMSNorm: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
+LayerNorm: Ba et al. 2016, https://arxiv.org/abs/1607.06450. RMSNorm: Zhang & Sennrich 2019,
+https://arxiv.org/abs/1910.07467
 """
 
 import os

@@ -2,16 +2,17 @@
 PPO's clipped actor loss and its statistics, from log-probabilities, in one pass.
 
     ratio = exp(clamp(logprobs - old_logprobs, -20, 20))
-    loss  = sum over mask of max(-A ratio, -A clip(ratio, 1 - cliprange, 1 + cliprange))       Schulman et al. 2017, eq. 7
+    loss  = sum over mask of max(-A ratio, -A clip(ratio, 1 - cliprange, 1 + cliprange))   Schulman et al. 2017, eq. 7
     dloss / dlogprobs = -A ratio where the first term is the larger and the clamp is idle, else 0
 
-As PyTorch ops this is some fifteen launches forward and as many tensors of (B, R) kept for a backward of as many more. The
-gradient needs nothing that the forward has not at hand, so the kernel writes it with the loss: one launch, four reads
-and one write of (B, R), and a backward that is a multiplication.
+As PyTorch ops this is some fifteen launches forward and as many tensors of (B, R) kept for a backward of as many
+more. The gradient needs nothing that the forward has not at hand, so the kernel writes it with the loss: one launch,
+four reads and one write of (B, R), and a backward that is a multiplication.
 
-Sums, not means: callers divide by the number of tokens of the whole batch over all micro-batches and ranks, so that neither
-changes the loss. The bound of 20 keeps one broken token (ratio e^20) from making the step infinite, as torch.exp(88) would.
-PPO: https://arxiv.org/abs/1707.06347. approx_kl is (logprobs - old_logprobs)^2 / 2, Schulman's k2, http://joschu.net/blog/kl-approx.html
+Sums, not means: callers divide by the number of tokens of the whole batch over all micro-batches and ranks, so that
+neither changes the loss. The bound of 20 keeps one broken token from making the step infinite (e^89
+is inf in float32). PPO: https://arxiv.org/abs/1707.06347. approx_kl is (logprobs - old_logprobs)^2 / 2, Schulman's
+k2, http://joschu.net/blog/kl-approx.html
 """
 
 import os
@@ -92,14 +93,14 @@ class _PPOActorLoss(torch.autograd.Function):
 def ppo_actor_loss(logprobs, old_logprobs, advantages, mask, cliprange):
     """
     logprobs      (B, R) float32, nats, of the response tokens under the actor; differentiable
-    old_logprobs  (B, R) those of the policy that sampled; advantages (B, R), whitened by the caller; neither gets a gradient
+    old_logprobs  (B, R) those of the policy that sampled; advantages (B, R), whitened by the caller; both get no grad
     mask          (B, R) 1.0 on response tokens; what stands elsewhere is never used
-    returns       loss (with gradient), number of clipped tokens, approximate KL (nats): sums over the mask, 0-dim float32;
-                  the last two detached
+    returns       loss (with gradient), number of clipped tokens, approximate KL (nats): sums over the mask, 0-dim
+                  float32; the last two detached
     """
     if not logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape:
-        raise ValueError(f"expected four tensors of one shape, got {tuple(logprobs.shape)}, {tuple(old_logprobs.shape)}, "
-                         f"{tuple(advantages.shape)}, {tuple(mask.shape)}")
+        raise ValueError(f"expected four tensors of one shape, got {tuple(logprobs.shape)}, "
+                         f"{tuple(old_logprobs.shape)}, {tuple(advantages.shape)}, {tuple(mask.shape)}")
     old_logprobs, advantages = old_logprobs.detach(), advantages.detach()
     if triton is None or not (logprobs.is_cuda or INTERPRETED):
         return ppo_actor_loss_reference(logprobs, old_logprobs, advantages, mask, cliprange)

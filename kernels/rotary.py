@@ -3,7 +3,7 @@ Rotary position of one new token's q and k, and the write of its k and v into th
 
     half-split (LLaMA, NeoX)   pairs (x[i], x[i + R/2]), i < R/2          R = rotary_dim; x[R:] passes as it is
     interleaved (GPT-J)        pairs (x[2i], x[2i + 1])
-    (a, b) -> (a cos - b sin, b cos + a sin)      cos, sin of position * frequency[i], from a table: any rope scaling works
+    (a, b) -> (a cos - b sin, b cos + a sin)    cos, sin of position * frequency[i] by table: any rope scaling works
 
     cache_k[b, :, column] = rotated k[b];  cache_v[b, :, column] = v[b]
 
@@ -55,9 +55,9 @@ if triton is not None:
 
     @triton.jit
     def _rotary_cache_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, cache_k_ptr, cache_v_ptr, column_ptr,
-                             positions_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_cos,
-                             stride_ckb, stride_ckh, stride_ckt, stride_cvb, stride_cvh, stride_cvt, H, D, R,
-                             HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr):
+                             positions_ptr, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
+                             stride_cos, stride_ckb, stride_ckh, stride_ckt, stride_cvb, stride_cvh, stride_cvt, H,
+                             D, R, HAS_POSITIONS: tl.constexpr, INTERLEAVED: tl.constexpr, BLOCK_D: tl.constexpr):
         b = tl.program_id(0).to(tl.int64)
         h = tl.program_id(1)
         d = tl.arange(0, BLOCK_D)
@@ -91,8 +91,8 @@ def rotary_cache(q, k, v, cos, sin, cache_k, cache_v, column, positions=None, in
     Rotate q and k, write k and v into the caches at `column`, return the rotated q (B, H, D).
 
     q                 (B, H, D); k, v (B, KVH, D): one new token a row, may be views of one fused matmul's output
-    cos, sin          (T, R/2) tables indexed by `positions`, or without positions (B, R/2), gathered already (once for all
-                      layers); float32, R <= D the rotary part of a head; None: no rotation, only the write
+    cos, sin          (T, R/2) tables indexed by `positions`, or without positions (B, R/2), gathered already (once for
+                      all layers); float32, R <= D the rotary part of a head; None: no rotation, only the write
     cache_k, cache_v  (B, KVH, T, D), written in place;  column  0-dim int64 tensor, the same for all rows
     positions         (B,) int64, each row's rotary position (left padding makes it differ from the column), or None
     """

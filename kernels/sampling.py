@@ -6,16 +6,18 @@ The next token of each row: temperature, top-k, top-p and the draw itself, with 
     logp   = log(w[token] / sum w)                        under the very distribution that was sampled from
 
 As in Hugging Face `generate`: top-k keeps every token that ties with the k-th; top-p, taken after top-k, keeps the
-smallest set of the likeliest tokens with mass >= top_p, at least one, and among tokens that tie at its edge the last ones.
+smallest set of the likeliest tokens with mass >= top_p, at least one, and among tokens that tie at its edge the last
+ones.
 
-One uniform a row decides the draw, so a seed reproduces it. torch.multinomial draws B*V exponentials instead (16 x 50,272
-on one core: 13 ms) and top-p is usually had by sorting the vocabulary with its indices (53 ms). Here the sums are taken in
-two levels: block sums of the whole row, then running sums over the blocks and inside one block only (0.6 ms); top-p's edge
-is found on sorted values without indices (2 ms more). The Triton form reads the row twice; with top-k or top-p 16 times
-more, since it finds the edge's bit pattern two bits at a time.
+One uniform a row decides the draw, so a seed reproduces it. torch.multinomial draws B*V exponentials instead (16 x
+50,272 on one CPU core: 13 ms) and top-p is usually had by sorting the vocabulary with its indices (53 ms). Here the
+sums are taken in two levels: block sums of the whole row, then running sums over the blocks and inside one block only
+(0.4 ms, 0.8 with cold caches); top-p's edge is found on sorted values without indices (2 ms more). The Triton form
+reads the row twice; with top-k or top-p 16 times more, since it finds the edge's bit pattern two bits at a time.
 
-Rounding: a float32 cumulative sum over 50,272 terms ends 1e-6 short of or beyond 1, so `first v with cdf > uniform` can run
-off the end or stop on a token of no probability. Every search below ends on a positive w. Inverse CDF: Devroye 1986, III.2.
+Rounding: a float32 cumulative sum over 50,272 terms ends 1e-6 short of or beyond 1, so `first v with cdf > uniform`
+can run off the end or stop on a token of no probability. Every search below ends on a positive w. Inverse CDF:
+Devroye 1986, III.2.
 """
 
 import os
@@ -34,7 +36,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as @triton
 
 
 def sample_reference(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
-    """The definition, with sorts and full cumulative sums. logits (B, V), uniform (B,) -> tokens (B,), logprobs (B,)."""
+    """The definition, by sorts and full cumulative sums. logits (B, V), uniform (B,) -> tokens, logprobs (B,)."""
     logits = logits.float()
     if temperature == 0:
         tokens = logits.argmax(-1)
@@ -62,13 +64,13 @@ WIDTH = 256  # about the square root of a vocabulary: block sums and one block's
 
 
 def _invert(weights, uniform):
-    """First index of each row at which the running sum of weights (B, V) exceeds uniform * total; and the total (B,)."""
+    """First index of each row where the running sum of weights (B, V) exceeds uniform * total; that total (B,)."""
     B, V = weights.shape
     whole = V // WIDTH * WIDTH
     sums = weights[:, :whole].unflatten(1, (V // WIDTH, WIDTH)).sum(-1, dtype=torch.float32)
-    sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=1).double().cumsum(1)  # float64: 200 terms a row
+    sums = torch.cat([sums, weights[:, whole:].sum(-1, keepdim=True)], dim=1).double().cumsum(1)
     total = sums[:, -1:]
-    target = torch.minimum(uniform.double()[:, None] * total, total * (1 - 1e-12))
+    target = torch.minimum(uniform.double()[:, None] * total, total * (1 - 1e-12))  # top-p's 1 - top_p may round to 1
     block = torch.searchsorted(sums, target, right=True)
     target = target - torch.where(block > 0, sums.gather(1, (block - 1).clamp(min=0)), 0.0)
     index = block * WIDTH + torch.arange(WIDTH)
@@ -98,7 +100,7 @@ def _keep_likeliest(probs, top_k, top_p):
 
 def _zero_below(probs, edge):
     edge = torch.nextafter(edge, torch.zeros(()))  # F.threshold keeps what is above, and the edge shall stay
-    for row, value in zip(probs, edge.tolist()):  # a row at a time: masked_fill with a (B, 1) edge takes 8 times as long
+    for row, value in zip(probs, edge.tolist()):  # by rows: masked_fill with a (B, 1) edge takes 8 times as long
         F.threshold_(row, value, 0.0)
 
 
@@ -131,7 +133,7 @@ if triton is not None:
 
     @triton.jit
     def _edge(row_ptr, V, inv_temperature, peak, floor, goal, BY_MASS: tl.constexpr, BLOCK_V: tl.constexpr):
-        """The largest key such that the tokens from it upwards (none below `floor`) number, or weigh, at least `goal`."""
+        """The largest key such that the tokens from it up (none below `floor`) number, or weigh, `goal` at least."""
         edge = tl.full((), 0, tl.int64)
         for step in range(16):
             shift = 30 - 2 * step  # the next two bits of the key
@@ -144,7 +146,7 @@ if triton is not None:
                 amount = tl.exp(x - peak) if BY_MASS else tl.full((BLOCK_V,), 1.0, tl.float32)
                 amount = tl.where((v < V) & (key >= floor), amount, 0.0)
                 reached += tl.sum(tl.where(key[None, :] >= candidates[:, None], amount[None, :], 0.0), axis=1)
-            passed = tl.sum((reached >= goal).to(tl.int64), axis=0)  # the candidates ascend, so the first `passed` of them
+            passed = tl.sum((reached >= goal).to(tl.int64), axis=0)  # they ascend: the first `passed`
             edge += tl.maximum(passed - 1, 0) << shift
         return tl.maximum(edge, floor)
 
@@ -246,9 +248,11 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     CUDA tensors, and all under TRITON_INTERPRET=1, take the kernel; nothing here waits for the GPU.
     """
     if logits.ndim != 2 or uniform.shape != logits.shape[:1]:
-        raise ValueError(f"expected logits (B, V) and uniform (B,), got {tuple(logits.shape)} and {tuple(uniform.shape)}")
+        raise ValueError(f"expected logits (B, V) and uniform (B,), "
+                         f"got {tuple(logits.shape)} and {tuple(uniform.shape)}")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {temperature}, {top_k}, {top_p}")
+        raise ValueError(f"expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
+                         f"got {temperature}, {top_k}, {top_p}")
     logits = logits.detach()
     if triton is None or not (logits.is_cuda or INTERPRETED):
         form = sample_reference if logits.is_cuda else _sample_cpu

@@ -1,0 +1,220 @@
+"""
+Each op of kernels/ against its definition in PyTorch, beside what this machine can do at all.
+
+    python bench/kernels.py                 all ops on the GPU, or without one the CPU forms (a minute or two)
+    python bench/kernels.py gae sampling    some of them
+
+Prints medians of repeated runs. GB/s counts the bytes that the op must move (inputs once, outputs once), so a form
+that moves more shows a lower number; TFLOP/s counts the matmuls of the definition. "of limit" holds that against a
+large copy or a large matmul timed in the same run; a CPU whose caches hold the data passes its copy. On a GPU the
+table is also written to bench/results/. Run the tests first: a wrong kernel can be as fast as it likes.
+"""
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from kernels import activation, decode_attention, gae, logprob, norm, ppo_loss, rotary, sampling  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16
+
+
+def seconds(*forms, budget=1.0):
+    """
+    Median time of one call of each form, in seconds, the forms taking turns so that a busy machine is busy for all of
+    them. On a GPU each call is timed by events, after a write that empties the L2 cache.
+    """
+    times = [[] for _ in forms]
+    for fn in forms * 2:
+        fn()
+    if DEVICE == "cpu":
+        stop = time.perf_counter() + budget * len(forms)
+        while len(times[0]) < 5 or time.perf_counter() < stop:
+            for fn, took in zip(forms, times):
+                begin = time.perf_counter()
+                fn()
+                took.append(time.perf_counter() - begin)
+        return [statistics.median(took) for took in times]
+    scratch = torch.empty(2**28, dtype=torch.int8, device=DEVICE)
+    for _ in range(30):
+        for fn, took in zip(forms, times):
+            took.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            scratch.zero_()
+            took[-1][0].record()
+            fn()
+            took[-1][1].record()
+    torch.cuda.synchronize()
+    return [statistics.median(begin.elapsed_time(end) / 1e3 for begin, end in took) for took in times]
+
+
+def limits():
+    """Bytes/s of a large copy (read + write) and FLOP/s of a large matmul."""
+    a = torch.ones(2**30 if DEVICE == "cuda" else 2**27, dtype=torch.int8, device=DEVICE)
+    b = torch.empty_like(a)
+    n = 8192 if DEVICE == "cuda" else 2048
+    m = torch.randn(n, n, device=DEVICE, dtype=DTYPE)
+    copy, matmul = seconds(lambda: b.copy_(a), lambda: m @ m)
+    return 2 * a.numel() / copy, 2 * n**3 / matmul
+
+
+def randn(*shape, dtype=DTYPE):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def integers(high, *shape):
+    return torch.randint(high, shape, device=DEVICE)
+
+
+def size(*tensors):
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def with_grad(fn, leaf, *args):
+    def run():
+        leaf.grad = None
+        out = fn(leaf, *args)
+        (out[0] if isinstance(out, tuple) else out).sum().backward()
+    return run
+
+
+# Each yields (what, new form, definition, bytes that must move, matmul FLOP): the shapes of a rollout of OPT-125M on a
+# CPU, of OPT-1.3B on a GPU.
+
+GPU = DEVICE == "cuda"
+B, H, D, T = (32, 32, 64, 1024) if GPU else (16, 12, 64, 256)
+C, N, V = H * D, 4096 if GPU else 512, 50272
+
+
+def bench_logprob():
+    logits, targets = randn(N, V), integers(V, N)
+    yield (f"token_logprobs ({N}, {V})", lambda: logprob.token_logprobs(logits, targets),
+           lambda: logprob.token_logprobs_reference(logits, targets), size(logits), 0)
+    logits.requires_grad_(True)
+    yield ("  with backward", with_grad(logprob.token_logprobs, logits, targets),
+           with_grad(logprob.token_logprobs_reference, logits, targets), 3 * size(logits), 0)
+    del logits
+    hidden, weight = randn(N, C).requires_grad_(True), (0.02 * randn(V, C)).requires_grad_(True)
+    flop = 2 * N * V * C
+    with torch.no_grad():
+        yield (f"linear_logprobs ({N}, {C}) x {V}", lambda: logprob.linear_logprobs(hidden, weight, targets),
+               lambda: logprob.linear_logprobs_reference(hidden, weight, targets), 0, flop)
+    both = [with_grad(f, hidden, weight, targets) for f in (logprob.linear_logprobs, logprob.linear_logprobs_reference)]
+    yield ("  with backward", *both, 0, 3 * flop)
+
+
+def bench_sampling():
+    logits, uniform = randn(B, V, dtype=torch.float32), torch.rand(B, device=DEVICE)
+    for options in ({}, dict(temperature=0), dict(top_k=50), dict(top_p=0.9)):
+        named = ", ".join(f"{k}={v}" for k, v in options.items())
+        yield (f"sample ({B}, {V}) {named}", lambda: sampling.sample(logits, uniform, **options),
+               lambda: sampling.sample_reference(logits, uniform, **options), size(logits), 0)
+    yield (f"sample ({B}, {V}) against multinomial", lambda: sampling.sample(logits, uniform),
+           lambda: torch.multinomial(logits.softmax(-1), 1), size(logits), 0)
+
+
+def bench_norm():
+    x, r, w, b = randn(B, C), randn(B, C), randn(C), randn(C)
+    yield (f"add_layer_norm ({B}, {C})", lambda: norm.add_layer_norm(x, r, w, b, 1e-5),
+           lambda: norm.add_layer_norm_reference(x, r, w, b, 1e-5), 4 * size(x), 0)
+    yield (f"add_rms_norm ({B}, {C})", lambda: norm.add_rms_norm(x, r, w, 1e-5),
+           lambda: norm.add_rms_norm_reference(x, r, w, 1e-5), 4 * size(x), 0)
+
+
+def bench_activation():
+    x, bias = randn(B, 4 * C), randn(4 * C)
+    for name in activation.FORMS:
+        yield (f"act {name} ({B}, {4 * C})", lambda: activation.act(x, name, bias),
+               lambda: activation.act_reference(x, name, bias), 2 * size(x), 0)
+    gate_up = randn(B, 8 * C)
+    yield (f"gated_act silu ({B}, {8 * C})", lambda: activation.gated_act(gate_up, "silu"),
+           lambda: activation.gated_act_reference(gate_up, "silu"), 1.5 * size(gate_up), 0)
+
+
+def bench_rotary():
+    qkv, caches = randn(B, 3 * H, D), randn(2, B, H, T, D)
+    q, k, v = qkv.split(H, dim=1)
+    cos, sin = randn(T, D // 2, dtype=torch.float32), randn(T, D // 2, dtype=torch.float32)
+    args = (q, k, v, cos, sin, *caches, torch.tensor(T // 2, device=DEVICE), integers(T, B))
+    yield (f"rotary_cache ({B}, {H}, {D})", lambda: rotary.rotary_cache(*args),
+           lambda: rotary.rotary_cache_reference(*args), 2 * size(qkv), 0)
+
+
+def bench_decode_attention():
+    shapes = [(1, H, H), (B, H, H), (B, H, H // 4), *([(128, H, H)] if GPU else [])]
+    for batch, heads, kv_heads in shapes:
+        q, caches = randn(batch, heads, D), randn(2, batch, kv_heads, T, D)
+        start, end = torch.zeros(batch, dtype=torch.int64, device=DEVICE), torch.tensor(T, device=DEVICE)
+        args = (q, *caches, start, end, D**-0.5)
+        moved, named = size(caches), f"({batch}, {heads} over {kv_heads}, {T}, {D})"
+        sdpa = lambda: torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, None], *caches.repeat_interleave(heads // kv_heads, dim=2))
+        yield (f"decode_attention {named}", lambda: decode_attention.decode_attention(*args),
+               lambda: decode_attention.decode_attention_reference(*args), moved, 0)
+        yield ("  against PyTorch's SDPA", lambda: decode_attention.decode_attention(*args), sdpa, moved, 0)
+
+
+def bench_gae():
+    rewards, values = randn(2, 64, 256, dtype=torch.float32)
+    args = (rewards, values, torch.ones_like(rewards), 1.0, 0.95)
+    yield "gae (64, 256)", lambda: gae.gae(*args), lambda: gae.gae_reference(*args), 5 * size(rewards), 0
+
+
+def bench_ppo_loss():
+    logp, old, advantages = randn(3, 64, 256, dtype=torch.float32)
+    args = (old, advantages, torch.ones_like(old), 0.2)
+    logp.requires_grad_(True)
+    yield ("ppo_actor_loss (64, 256) with backward", with_grad(ppo_loss.ppo_actor_loss, logp, *args),
+           with_grad(ppo_loss.ppo_actor_loss_reference, logp, *args), 5 * size(old), 0)
+
+
+def machine():
+    chip = torch.cuda.get_device_name() if GPU else platform.processor() or platform.machine()
+    if not GPU and pathlib.Path("/proc/cpuinfo").exists():
+        chip = pathlib.Path("/proc/cpuinfo").read_text().split("model name\t: ")[-1].split("\n")[0]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {"chip": chip, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "triton": getattr(logprob.triton, "__version__", None), "python": platform.python_version(),
+            "dtype": str(DTYPE), "commit": commit.strip() or None}
+
+
+def main():
+    ops = {name[len("bench_"):]: fn for name, fn in globals().items() if name.startswith("bench_")}
+    unknown = set(sys.argv[1:]) - set(ops)
+    if unknown:
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; the ops are {', '.join(ops)}")
+    torch.manual_seed(0)
+    about = machine()
+    copy, matmul = limits()
+    lines = [", ".join(f"{k} {v}" for k, v in about.items()),
+             f"limits: copy {copy / 1e9:.0f} GB/s, matmul {matmul / 1e12:.2f} TFLOP/s", "",
+             "| op | definition, us | this, us | times faster | rate | of limit |", "|---|---|---|---|---|---|"]
+    print("\n".join(lines))
+    rows = []
+    for op in sys.argv[1:] or ops:
+        for what, new, definition, moved, flop in ops[op]():
+            ours, theirs = seconds(new, definition)
+            rate = f"{flop / ours / 1e12:.2f} TFLOP/s" if flop else f"{moved / ours / 1e9:.1f} GB/s"
+            share = flop / ours / matmul if flop else moved / ours / copy
+            rows.append(dict(op=what.strip(), definition_us=theirs * 1e6, us=ours * 1e6, rate=rate, of_limit=share))
+            times = f"{theirs * 1e6:.1f} | {ours * 1e6:.1f} | {theirs / ours:.2f}"
+            lines.append(f"| {what} | {times} | {rate} | {share:.2f} |")
+            print(lines[-1], flush=True)
+    if GPU:
+        folder = ROOT / "bench" / "results"
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = "kernels-" + about["chip"].lower().replace(" ", "-")
+        (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
+        report = dict(machine=about, copy_bytes_per_s=copy, matmul_flop_per_s=matmul, ops=rows)
+        (folder / f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

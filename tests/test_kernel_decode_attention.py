@@ -1,0 +1,84 @@
+"""kernels/decode_attention.py against a softmax written out in float64. How to run: tests/kernel_checks.py."""
+import pytest
+import torch
+from kernel_checks import DEVICE, DTYPES, assert_as_exact_as_pytorch, poisoned_empty  # noqa: F401
+
+from kernels import decode_attention as module
+from kernels.decode_attention import decode_attention, decode_attention_reference, decode_bias
+
+
+def inputs(B, H, KVH, T, D, end, dtype):
+    torch.manual_seed(0)
+    q = (3 * torch.randn(B, H, D + 4, device=DEVICE)).to(dtype)[..., :D]
+    caches = torch.randn(2, B, KVH, T, D, device=DEVICE).to(dtype)
+    caches[:, :, :, end:] = float("nan")  # columns that no step has written yet
+    start = torch.randint(end, (B,), device=DEVICE)
+    start[0] = 0
+    for b in range(B):
+        caches[:, b, :, :start[b]] = 1e4  # left padding: finite, but must not be seen
+    return q, caches[0], caches[1], start, torch.tensor(end, device=DEVICE), D**-0.5
+
+
+def in_float64(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, window=0):
+    """Row by row and head by head."""
+    out, end, G = torch.empty(q.shape, dtype=torch.float64, device=q.device), int(end), q.size(1) // cache_k.size(1)
+    for b in range(q.size(0)):
+        first = max(int(start[b]), end - window if window else 0)
+        for h in range(q.size(1)):
+            k, v = (cache[b, h // G, first:end].double() for cache in (cache_k, cache_v))
+            s = scale * (k @ q[b, h].double())
+            if alibi_slopes is not None:
+                s = s + alibi_slopes[h].double() * (torch.arange(first, end, device=q.device) - (end - 1))
+            out[b, h] = s.softmax(0) @ v
+    return out
+
+
+CASES = [  # B, H, KVH, T, D, end, alibi, window
+    (1, 1, 1, 1, 16, 1, False, 0),
+    (3, 4, 4, 40, 48, 37, False, 0),
+    (1, 8, 2, 700, 64, 691, False, 0),  # many splits, grouped heads
+    (2, 6, 1, 300, 80, 130, True, 0),  # splits with nothing to do, one KV head
+    (5, 4, 2, 200, 32, 200, False, 33),  # a local window, a full cache
+    (2, 2, 2, 260, 160, 259, True, 100),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, H, KVH, T, D, end, alibi, window", CASES)
+def test_decode_attention(B, H, KVH, T, D, end, alibi, window, dtype, poisoned_empty):
+    args = inputs(B, H, KVH, T, D, end, dtype)
+    options = dict(alibi_slopes=0.5 ** torch.arange(1, H + 1, device=DEVICE).float() if alibi else None, window=window)
+    exact = in_float64(*args, **options)
+    ours, theirs = decode_attention(*args, **options), decode_attention_reference(*args, **options)
+    assert ours.dtype == dtype
+    assert_as_exact_as_pytorch(["out"], [exact], [ours], [theirs], dtype)
+
+
+def test_a_bias_built_once_a_step():
+    q, cache_k, cache_v, start, end, scale = args = inputs(3, 4, 2, 50, 32, 41, torch.float32)
+    slopes = torch.rand(4, device=DEVICE)
+    bias = decode_bias(start, end, slopes, 7, kv_heads=2)
+    assert bias.shape == (3, 2, 2, 7)
+    torch.testing.assert_close(decode_attention(*args, alibi_slopes=slopes, window=7, bias=bias),
+                               decode_attention(*args, alibi_slopes=slopes, window=7))
+
+
+@pytest.mark.skipif(module.triton is None or not (DEVICE == "cuda" or module.INTERPRETED), reason="of the kernel")
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_any_number_of_splits(splits, monkeypatch, poisoned_empty):
+    args = inputs(2, 4, 2, 300, 32, 290, torch.float32)
+    monkeypatch.setattr(module, "_splits", lambda *_: splits)
+    torch.testing.assert_close(decode_attention(*args).double(), in_float64(*args), atol=1e-5, rtol=1e-5)
+
+
+def test_large_scores_do_not_overflow():
+    """Scores in the hundreds: a softmax without its running maximum would be inf / inf."""
+    q, cache_k, cache_v, start, end, _ = inputs(2, 2, 2, 150, 16, 150, torch.float32)
+    torch.testing.assert_close(decode_attention(q, cache_k, cache_v, start, end, 20.0).double(),
+                               in_float64(q, cache_k, cache_v, start, end, 20.0), atol=1e-4, rtol=1e-4)
+
+
+def test_rejects_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match="H a multiple of KVH"):
+        decode_attention(torch.zeros(1, 3, 8), torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8),
+                         torch.zeros(1, dtype=torch.int64), torch.tensor(1), 1.0)
