@@ -44,6 +44,8 @@ from data import (Collator, DataConfig, EncodedDataset, count_steps, decode_answ
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog, RewardModel, UsageError,
                            adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model, parameter_count, print0, run_stage,
                            save_model, setup, tensor_parallel_group, to_device, train_engine, train_step, write_summary)
+from kernels.gae import gae
+from kernels.ppo_loss import ppo_actor_loss
 
 
 @dataclass
@@ -69,7 +71,7 @@ class Config(EngineConfig, DataConfig):
 
 
 # -----------------------------------------------------------------------------
-# the maths
+# the maths (with `gae` and the actor's clipped loss, which are kernels/gae.py and kernels/ppo_loss.py)
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """
@@ -85,38 +87,11 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     return rewards.scatter_add(1, last[:, None], scores[:, None])
 
 
-def gae(rewards, values, mask, gamma, lam):
-    """
-    Generalised advantage estimation (Schulman et al. 2016, eq. 16) over response tokens.
-
-    rewards, values  (B, R) float32, right-padded; values are the critic's before this update
-    mask             (B, R) 1.0 on response tokens up to and including EOS, 0.0 after
-    returns          advantages, value targets: both (B, R), zero where mask is zero
-    """
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = torch.zeros_like(rewards[:, 0])  # nothing follows the last token
-    for t in reversed(range(rewards.size(1))):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = next_advantage = mask[:, t] * (delta + gamma * lam * next_advantage)
-        next_value = mask[:, t] * values[:, t]
-    return advantages, mask * (advantages + values)
-
-
 def whiten(values, mask):
     """values (B, R) -> mean 0 and variance 1 over the mask's tokens of all ranks, zero elsewhere. float32 in, sums in float64."""
     total, squares, count = all_sum((values * mask).sum(), (values.double().square() * mask).sum(), mask.sum())
     mean = total / count
     return (values - mean) * mask / (squares / count - mean**2 + 1e-8) ** 0.5
-
-
-def actor_loss(logprobs, old_logprobs, advantages, mask, cliprange):
-    """
-    Clipped surrogate (Schulman et al. 2017, eq. 7), summed over tokens -> loss, number of clipped tokens.
-    The log-ratio is bounded to +-20 before exp: one stray token must not make the loss infinite.
-    """
-    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()
-    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
-    return (torch.max(plain, clipped) * mask).sum(), ((clipped > plain) * mask).sum()
 
 
 def critic_loss(values, old_values, returns, mask, cliprange_value):
@@ -242,9 +217,10 @@ class DeepSpeedPPOTrainer:
 
         def actor_sum(rows):
             logprobs, _ = engine.actor(x.tokens[rows], x.attention_mask[rows], x.mask[rows], args.temperature)
-            loss, clipped = actor_loss(logprobs, x.logprobs[rows], x.advantages[rows], x.mask[rows], args.cliprange)
-            log_ratio = (logprobs.detach() - x.logprobs[rows]) * x.mask[rows]
-            sums[:3] += torch.stack([clipped, 0.5 * log_ratio.square().sum(), (log_ratio.exp() * x.mask[rows]).sum()])
+            loss, clipped, approxkl = ppo_actor_loss(logprobs, x.logprobs[rows], x.advantages[rows], x.mask[rows],
+                                                     args.cliprange)
+            ratio = ((logprobs.detach() - x.logprobs[rows]).exp() * x.mask[rows]).sum()
+            sums[:3] += torch.stack([clipped, approxkl, ratio])
             return loss
 
         def critic_sum(rows):

@@ -1,0 +1,153 @@
+"""hybrid_engine.py around the decoder: models in and out, LoRA, averages, dropout."""
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from data import DataConfig, UsageError, load_tokenizer
+from hybrid_engine import (EngineConfig, ExponentialMovingAverage, LanguageModel, LoRALinear, RewardModel, adapters_off, add_lora,
+                           linear_weight, load_model, save_model, train_engine, train_step)
+
+
+class Config(EngineConfig, DataConfig):
+    pass
+
+
+def opt(**changes):
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=1000, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+                       word_embed_proj_dim=32, max_position_embeddings=64, pad_token_id=3, **changes)
+    return OPTForCausalLM(config)
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=1000, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+
+
+def batch(rows=4, length=10):
+    torch.manual_seed(1)
+    ids = torch.randint(4, 500, (rows, length))
+    return ids, torch.ones_like(ids)
+
+
+def steps(engine, count=2):
+    ids, mask = batch()
+    for _ in range(count):
+        train_step(engine, [ids], lambda ids: -engine(ids, mask, mask[:, 1:])[0].sum(), mask[:, 1:].sum())
+
+
+@pytest.mark.parametrize("make", [opt, gpt2], ids=["opt", "gpt2"])
+def test_lora_starts_as_the_plain_model_and_merges_exactly(make, process_group):
+    model, (ids, _) = make().eval(), batch()
+    plain = model(ids).logits
+    frozen = {name: p.clone() for name, p in model.named_parameters()}
+    config = Config()
+    config.lora_dim, config.only_optimize_lora = 4, True
+    add_lora(model, config)
+    torch.testing.assert_close(model(ids).logits, plain)
+    for layer in (m for m in model.modules() if isinstance(m, LoRALinear)):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    adapted = model(ids).logits
+    assert (adapted - plain).abs().max() > 1e-2
+    with adapters_off(model):
+        torch.testing.assert_close(model(ids).logits, plain)  # PPO's reference model
+    merged = make().eval()
+    for (name, layer), target in zip([(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)],
+                                     [m for m in merged.modules() if type(m).__name__ in ("Linear", "Conv1D") and m.weight.shape != (1000, 32)]):
+        linear_weight(target).data.copy_(layer.merged_weight())
+    torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-5, rtol=1e-5)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    for name, p in model.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(p, frozen[name.replace(".base.", ".")])
+
+
+@pytest.mark.parametrize("make", [opt, gpt2], ids=["opt", "gpt2"])
+def test_a_lora_model_is_saved_merged(make, process_group, tmp_path):
+    config = Config()
+    config.lora_dim, config.only_optimize_lora, config.lr_scheduler_type = 4, True, "constant"
+    engine = train_engine(LanguageModel(add_lora(make(), config)), process_group, config, 1e-2, 10)
+    steps(engine)
+    tokenizer = load_tokenizer("tiny")
+    save_model(engine, tokenizer, tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids, _ = batch()
+    torch.testing.assert_close(loaded.eval()(ids).logits, engine.module.model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
+
+
+def test_lora_names_layers_when_none_match(process_group):
+    config = Config()
+    config.lora_dim, config.lora_module_name = 4, "decoder.blocks."
+    with pytest.raises(UsageError, match="decoder.blocks.*for example"):
+        add_lora(opt(), config)
+
+
+def test_moving_average_is_its_closed_form(process_group):
+    """After n updates: d^n w_0 + sum_k (1 - d) d^(n - k) w_k."""
+    config = Config()
+    config.lr_scheduler_type = "constant"
+    engine = train_engine(LanguageModel(opt()), process_group, config, 1e-2, 10)
+    weight = engine.module.model.model.decoder.layers[0].fc1.weight
+    average, history = ExponentialMovingAverage(engine, decay=0.9), [weight.detach().clone()]
+    for _ in range(3):
+        steps(engine, 1)
+        average.update()
+        history.append(weight.detach().clone())
+    expected = 0.9**3 * history[0] + sum(0.1 * 0.9 ** (3 - k) * history[k] for k in (1, 2, 3))
+    torch.testing.assert_close(average.average["model.decoder.layers.0.fc1.weight"], expected)
+    assert (history[3] - history[0]).abs().max() > 1e-3
+
+
+def test_dropout_is_off_even_where_a_model_calls_it_as_a_function(process_group, tmp_path):
+    """OPT keeps its dropout in floats and calls the function; only the config reaches it."""
+    tokenizer = load_tokenizer("tiny")
+    noisy = opt(dropout=0.5, attention_dropout=0.5, activation_dropout=0.5).train()
+    ids, mask = batch()
+    assert not torch.equal(noisy(ids).logits, noisy(ids).logits)
+    noisy.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), tokenizer, process_group, 64).train()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    model = LanguageModel(load_model(str(tmp_path), tokenizer, process_group, 64)).train()
+    assert torch.equal(model(ids, mask, mask[:, 1:])[0], model(ids, mask, mask[:, 1:])[0])
+
+
+def test_left_padding_changes_nothing(process_group):
+    """Log-probabilities and values of a row are the same alone, left-padded, and padded on both sides."""
+    from transformers import OPTForSequenceClassification
+    for model in (LanguageModel(opt().eval()), RewardModel(OPTForSequenceClassification(OPTConfig(**{**opt().config.to_dict(), "num_labels": 1})).eval())):
+        ids, mask = batch(1, 8)
+        padded = torch.cat([torch.full((1, 3), 3), ids, torch.full((1, 2), 3)], 1)
+        padded_mask = torch.cat([torch.zeros(1, 3), mask, torch.zeros(1, 2)], 1).long()
+        if isinstance(model, LanguageModel):
+            alone, inside = model(ids, mask, mask[:, 1:])[0], model(padded, padded_mask, padded_mask[:, 1:])[0][:, 3:10]
+        else:
+            alone, inside = model(ids, mask), model(padded, padded_mask)[:, 3:11]
+        torch.testing.assert_close(inside[:, :alone.size(1)], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_an_interrupted_save_leaves_the_older_model(process_group, tmp_path, monkeypatch):
+    engine = train_engine(LanguageModel(opt()), process_group, Config(), 1e-2, 10)
+    tokenizer = load_tokenizer("tiny")
+    save_model(engine, tokenizer, tmp_path / "out")
+    before = (tmp_path / "out/model.safetensors").read_bytes()
+    steps(engine)
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        save_model(engine, tokenizer, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == before
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_language_model_is_no_reward_model_until_a_head_is_asked_for(process_group, tmp_path):
+    """A language model is no reward model, and says so, unless a new head was asked for."""
+    tokenizer = load_tokenizer("tiny")
+    opt().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="no reward model"):
+        load_model(str(tmp_path), tokenizer, process_group, 64, head="score")
+    head = load_model(str(tmp_path), tokenizer, process_group, 64, head="score", score_from_lm=True).score.weight
+    assert 0.3 < head.std() * 33 ** 0.5 < 3  # N(0, 1 / (d + 1))
