@@ -442,7 +442,7 @@ class LoRALinear(nn.Module):
 
 def linear_weight(module):
     """(out, in) weight of nn.Linear, of transformers' Conv1D (stored the other way round) or of LoRALinear (merged)."""
-    if isinstance(module, LoRALinear):
+    if hasattr(module, "merged_weight"):
         return module.merged_weight()
     return module.weight.t() if isinstance(module, transformers.pytorch_utils.Conv1D) else module.weight
 
@@ -1124,7 +1124,7 @@ class InferenceEngine:
         """(B * copies, max_new_tokens) tokens and log-probabilities; what follows a row's first EOS is undefined."""
         first, count = 0, len(ids)  # the caller's prompts within the union
         if self.tp_group:
-            ids, mask, seed, first = self._union(ids, mask, seed)
+            ids, mask, first = self._union(ids, mask)
         start, device, P, rows = self._starts(mask, max_new_tokens), ids.device, ids.size(1), len(ids) * copies
         responses = torch.full((rows, max_new_tokens), pad_token_id, device=device)
         logprobs = torch.zeros(rows, max_new_tokens, device=device)
@@ -1140,7 +1140,7 @@ class InferenceEngine:
             decoder.prepare(start, P + max_new_tokens)
             logits = decoder.prefill(ids.masked_fill(mask == 0, 0), start, cache, copies)
             for step in range(max_new_tokens):
-                # 2. sample; rank 0 of a tp_group for all, so that rounding can never part its ranks
+                # 2. sample; rank 0 of a tp_group for all, so that neither seeds nor rounding can part its ranks
                 tokens, logps = sample(logits, uniforms[step, live], **sampling)
                 if self.tp_group:
                     dist.broadcast(tokens, group=self.tp_group, group_src=0)
@@ -1165,19 +1165,18 @@ class InferenceEngine:
         own = slice(first * copies, (first + count) * copies)
         return responses[own], logprobs[own]
 
-    def _union(self, ids, mask, seed):
-        """Prompts and mask of all ranks in rank order, left-padded to the longest; rank 0's seed; our first row."""
-        shape = torch.tensor([*ids.shape, seed], device=ids.device)
+    def _union(self, ids, mask):
+        """Prompts and mask of all ranks of the tp_group in rank order, left-padded to the longest; our first row."""
+        shape = torch.tensor(ids.shape, device=ids.device)
         shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size(self.tp_group))]
         dist.all_gather(shapes, shape, group=self.tp_group)
-        counts, widths, seeds = torch.stack(shapes).T.tolist()
-        B, P = max(counts), max(widths)
+        counts, widths = torch.stack(shapes).T.tolist()
         both = torch.stack([ids, mask])  # (2, B, P): one gather, so that ids and mask cannot part
-        both = F.pad(both, (P - ids.size(1), 0, 0, B - len(ids)))
+        both = F.pad(both, (max(widths) - ids.size(1), 0, 0, max(counts) - len(ids)))
         gathered = [torch.empty_like(both) for _ in counts]
         dist.all_gather(gathered, both, group=self.tp_group)
         ids, mask = torch.cat([part[:, :count] for part, count in zip(gathered, counts)], 1)
-        return ids, mask, seeds[0], sum(counts[:dist.get_rank(self.tp_group)])
+        return ids, mask, sum(counts[:dist.get_rank(self.tp_group)])
 
     def _starts(self, mask, max_new_tokens):
         """(B,) the column of each prompt's first token."""
