@@ -609,7 +609,7 @@ TOY_TOPICS = {
     "sum": (
         ["What is {x}?", "How much is {x}?", "Please add {x}."],
         "{x} is {y}.",
-        [f"{a} + {b}={a + b}" for a in range(1, 5) for b in range(1, 5)]),
+        [f"{a} + {b}={a + b}" for a in range(1, 4) for b in range(1, 4)]),
     "spelling": (
         ["How do you spell {x}?", "Spell {x}.", "Tell me how to spell {x}."],
         "You spell {x} like this: {y}.",
