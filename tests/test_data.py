@@ -103,10 +103,16 @@ def test_stages_stay_apart_where_only_some_rows_are_pairs(tmp_path):
 
 
 def test_a_prompt_held_out_of_one_source_is_trained_on_in_none(tmp_path):
-    first = write_jsonl(tmp_path / "first.jsonl", [{"prompt": f"q{i}", "response": "one"} for i in range(40)])
+    (tmp_path / "first").mkdir()
+    rows = [{"prompt": f"q{i}", "response": "one"} for i in range(40)]
+    write_jsonl(tmp_path / "first" / "train.jsonl", rows[:30])
+    write_jsonl(tmp_path / "first" / "test.jsonl", rows[25:])
     second = write_jsonl(tmp_path / "second.jsonl", [{"prompt": f"q{i}", "response": "two"} for i in range(20, 100)])
-    train, held = load_records(DataConfig(data_path=[first, second], data_split="1,0,0"), 1, log=quiet)
-    assert not {str(record.prompt) for record in train} & {str(record.prompt) for record in held}
+    lines = []
+    train, held = load_records(DataConfig(data_path=[str(tmp_path / "first"), second], data_split="1,0,0"), 1, log=lines.append)
+    trained = {record.prompt[0]["content"] for record in train}
+    held = {record.prompt[0]["content"] for record in held}
+    assert not trained & held and held >= {f"q{i}" for i in range(25, 40)} and len(trained | held) == 100 and "left out" in lines[-1]
 
 
 def test_every_stage_evaluates_on_the_same_held_out_rows(tmp_path):
@@ -240,7 +246,7 @@ def test_dialogues():
     assert parse_dialogue(text) == user("Hi") + assistant("Hello!\nHow are you?") + user("Fine.") + assistant("")
     assert as_prompt(text) == parse_dialogue(text)[:-1], "the open turn is the template's to write"
     assert parse_dialogue("Human beings: what are they?") == user("Human beings: what are they?")
-    assert parse_dialogue("Human: hi") == user("Human: hi")
+    assert parse_dialogue("Human: hi") == user("hi"), "as it stands where line ends were stripped"
     assert as_prompt([{"role": "system", "content": "Be kind."}] + user("Hi")) == [{"role": "system", "content": "Be kind."}] + user("Hi")
 
 
@@ -381,14 +387,14 @@ def test_collated_batches(tokenizer):
 
 
 def test_micro_batches_keep_the_rows_and_save_padding(tokenizer):
-    records = [Preference(user(f"question {i}"), "word " * (i * 7 % 20 + 1), None) for i in range(16)]
+    records = [Preference(user(f"question {i}"), "word " * (i * 7 % 16 * 4 + 1), None) for i in range(16)]
     items = EncodedDataset(records, tokenizer, 1, 200, log=quiet).items
     whole = Collator(1, tokenizer.pad_token_id)(items)
     parts = MicroBatches(Collator(1, tokenizer.pad_token_id), 4)(items)
     rows = lambda batches: sorted(tuple(ids[mask.bool()].tolist()) for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"]))
     assert rows(parts) == rows([whole]) and [len(part["input_ids"]) for part in parts] == [4] * 4
     assert sum(part["loss_mask"].sum() for part in parts) == whole["loss_mask"].sum()
-    assert sum(part["input_ids"].numel() for part in parts) < 0.8 * whole["input_ids"].numel()
+    assert sum(part["input_ids"].numel() for part in parts) < 0.75 * whole["input_ids"].numel()
 
 
 @pytest.mark.parametrize("rows", [64, 67])
@@ -488,4 +494,4 @@ def test_toy_text_needs_no_bytes(tokenizer):
     pieces = collections.Counter()
     for row in toy_rows()[::50]:
         pieces.update(tokenizer.convert_ids_to_tokens(tokenizer(row["prompt"] + " " + row["chosen"]).input_ids))
-    assert not [piece for piece in pieces if piece.startswith("<0x")]
+    assert not [piece for piece in pieces if piece.startswith("<0x")], "every letter of the world has a piece"
