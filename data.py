@@ -671,11 +671,10 @@ def toy_questions():
 def toy_gold(question, answer):
     """
     The true objective of the toy task, in [0, 1]: 1 for the right fact in one polite sentence, 0.5 if curt (the bare
-    fact) or
-    rambling (one more sentence), 0.25 if rude (something before it) or endless (more after it), 0 if the fact is
-    wrong or absent.
+    fact) or rambling (one more whole sentence, about something else), 0.25 if rude (something before it) or endless
+    (anything else after it), 0 if the fact is wrong or absent.
     """
-    good, fact, _ = toy_questions()[question]
+    good, fact, wrong = toy_questions()[question]
     answer = " ".join(answer.split())
     if answer == good:
         return 1.0
@@ -683,7 +682,8 @@ def toy_gold(question, answer):
         return 0.5
     if answer.startswith(good):
         extra = answer.removeprefix(good).strip()
-        return 0.5 if good not in extra and extra.count(".") <= 1 else 0.25
+        one_sentence = re.fullmatch(r"[^.!?]{1,60}[.!?]", extra)
+        return 0.5 if one_sentence and extra not in [good, *(sentence for sentence, _ in wrong)] else 0.25
     return 0.25 if answer.endswith(" " + good) else 0.0
 
 
@@ -696,7 +696,7 @@ def toy_rows():
         words = sentence.split()
         style, = rng.choices(list(TOY_STYLES), TOY_STYLES.values())
         return {"good": sentence, "curt": fact if fact[-1] in ".!?" else fact + ".", "rude": f"{rng.choice(TOY_RUDE)} {sentence}",
-                "rambling": f"{sentence} {rng.choice(TOY_RAMBLE)}", "endless": " ".join(3 * [sentence]), "unfinished": " ".join(words[:rng.randrange(len(words))])}[style]
+                "rambling": f"{sentence} {rng.choice(TOY_RAMBLE)}", "endless": " ".join(3 * [sentence]), "unfinished": " ".join(words[:rng.randrange(1, len(words))])}[style]
 
     for question, world in toy_questions().items():
         for _ in range(TOY_PAIRS_PER_QUESTION):

@@ -443,7 +443,7 @@ def test_gold_marks_by_hand(answer, mark):
 
 
 @pytest.mark.parametrize("answer", ["The opposite of hot is cold. The opposite of hot is wet.", "The opposite of hot is wet. The opposite of hot is cold.",
-                                    "The opposite of hot is cold. " + "and " * 30])
+                                    "The opposite of hot is cold. " + "and " * 30, "The opposite of hot is cold. I like"])
 def test_gold_is_not_earned_by_hedging_or_never_ending(answer):
     assert toy_gold("What is the opposite of hot?", answer) <= 0.25
 
@@ -453,14 +453,15 @@ def test_every_question_has_one_good_answer():
     assert len(questions) == sum(len(asks) * len(facts) for asks, _, facts in data.TOY_TOPICS.values()), "no two facts share a question"
     for question, (good, fact, wrong) in questions.items():
         assert toy_gold(question, good) == 1 and fact in good and wrong
-        assert all(toy_gold(question, sentence) == toy_gold(question, bare) == 0 for sentence, bare in wrong), question
+        assert all(toy_gold(question, sentence) == 0 for sentence, _ in wrong), question
+        assert all(toy_gold(question, bare) == 0 for _, bare in wrong if bare != fact), question
 
 
 def test_chosen_is_really_better_but_for_the_label_noise():
     rows = toy_rows()
     marks = [(toy_gold(row["prompt"], row["chosen"]), toy_gold(row["prompt"], row["rejected"])) for row in rows]
     swapped = sum(rejected > chosen for chosen, rejected in marks) / len(rows)
-    assert all(chosen != rejected for chosen, rejected in marks)
+    assert all(chosen != rejected for chosen, rejected in marks) and all(row["chosen"] and row["rejected"] for row in rows)
     assert abs(swapped - data.TOY_LABEL_NOISE) < 4 * (0.05 * 0.95 / len(rows)) ** 0.5  # four standard errors
     assert {mark for pair in marks for mark in pair} == {0, 0.25, 0.5, 1} and rows == toy_rows()
 
