@@ -89,9 +89,9 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 def whiten(values, mask):
     """values (B, R) -> mean 0 and variance 1 over the mask's tokens of all ranks, zero elsewhere. float32 in, sums in float64."""
-    total, squares, count = all_sum((values * mask).sum(), (values.double().square() * mask).sum(), mask.sum())
+    total, squares, count = all_sum((values.double() * mask).sum(), (values.double().square() * mask).sum(), mask.sum())
     mean = total / count
-    return (values - mean) * mask / (squares / count - mean**2 + 1e-8) ** 0.5
+    return (values - mean) * mask / (max(squares / count - mean**2, 0) + 1e-8) ** 0.5
 
 
 def critic_loss(values, old_values, returns, mask, cliprange_value):
