@@ -36,9 +36,11 @@ import re
 import sys
 import tempfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -48,6 +50,17 @@ from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
 
 class UsageError(ValueError):
     """Something the user gave cannot work; the message says what came, what is accepted and the way out."""
+
+
+@contextmanager
+def one_sentence():
+    """Inside, a UsageError ends the program with its sentence on standard error (of rank 0) and code 2, without a traceback."""
+    try:
+        yield
+    except UsageError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 # -----------------------------------------------------------------------------
@@ -76,20 +89,24 @@ class DataConfig:
 def parse_config(config_class, doc, argv=None):
     """
     Command line -> a config_class instance, by transformers.HfArgumentParser (so `--help` lists every flag).
-    Exits with one sentence on an unknown flag, naming the nearest known one.
+    raises UsageError for a flag that is unknown, naming the nearest known one, or whose value is of another type
     """
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]  # the launcher's; LOCAL_RANK says the same
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Defaults beside the flags, and the file's docstring as it stands."""
 
-    parser = HfArgumentParser(config_class, description=doc, allow_abbrev=False, formatter_class=Formatter)
+    class Parser(HfArgumentParser):
+        def error(self, message):  # argparse's own prints all flags first
+            raise UsageError(f"{message} (--help lists all flags)")
+
+    parser = Parser(config_class, description=doc, allow_abbrev=False, formatter_class=Formatter)
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-        sys.exit(f"{parser.prog}: error: unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "") +
-                 " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
+        raise UsageError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "") +
+                         " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
     return config
 
 
@@ -401,6 +418,10 @@ def load_tokenizer(name_or_path, chat_template=""):
         tokenizer.chat_template = Path(chat_template).read_text() if os.path.isfile(chat_template) else chat_template
         if "{" not in tokenizer.chat_template:
             raise UsageError(f"--chat_template {chat_template} is neither a file that exists nor Jinja text.")
+        try:
+            encode_prompts(tokenizer, [[{"role": "user", "content": "Hello!"}]])
+        except jinja2.TemplateError as error:
+            raise UsageError(f"--chat_template: this chat template cannot be rendered: {error}") from error
     elif tokenizer.chat_template is None:
         begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # OPT and LLaMA start every text with BOS
         tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ bos }}", "{{ bos_token }}" if begins else "")
@@ -759,4 +780,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence():
+        main()

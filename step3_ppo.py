@@ -126,6 +126,9 @@ class DeepSpeedRLHFEngine:
                              f"--per_device_train_batch_size {args.per_device_train_batch_size} x --gradient_accumulation_steps "
                              f"{args.gradient_accumulation_steps}: a rollout is used up by whole optimizer steps.")
         settings = setup(args)
+        if load_tokenizer(critic_model_name_or_path).get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"{critic_model_name_or_path}: its tokenizer has another vocabulary than the actor's, so it cannot read the actor's answers. "
+                             "Train it from the same SFT model, or from one of the same family.")
         minibatches = args.per_device_generation_batch_size // (args.per_device_train_batch_size * args.gradient_accumulation_steps)
         updates = num_total_iters * args.ppo_epochs * minibatches
         self.tokenizer, self.args = tokenizer, args

@@ -14,11 +14,15 @@ import pytest
 import torch
 
 import data
-from data import (FORMS, Collator, DataConfig, EncodedDataset, MicroBatches, Preference, UsageError, as_prompt, count_steps, encode_answer,
-                  encode_prompt, hold_out, load_records, load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share, read_source,
+from data import (FORMS, Collator, DataConfig, EncodedDataset, MicroBatches, Preference, UsageError, as_prompt, count_steps, encode_answers,
+                  encode_prompts, hold_out, load_records, load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share, read_source,
                   split_indices, to_records, toy_gold, toy_questions, toy_rows, training_steps)
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"  # real data, where there is some
+
+
+def encode_answer(tokenizer, prompt, answer):
+    return encode_answers(tokenizer, [prompt], [answer])[0]
 
 
 def user(text):
@@ -317,7 +321,7 @@ def test_ids_are_those_of_the_chat_template(any_tokenizer):
     template = lambda messages, **options: any_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
     for prompt, answer in CONVERSATIONS[:3]:
         ids, response = encode_answer(any_tokenizer, prompt, answer)
-        assert ids == template(prompt, add_generation_prompt=True) == encode_prompt(any_tokenizer, prompt)[1]
+        assert ids == template(prompt, add_generation_prompt=True) == encode_prompts(any_tokenizer, [prompt])[1][0]
         assert ids + response == template(prompt + assistant(answer))
         begins = any_tokenizer("a").input_ids[0] == any_tokenizer.bos_token_id
         assert (ids + response).count(any_tokenizer.bos_token_id) - (any_tokenizer.bos_token_id == any_tokenizer.eos_token_id) == begins
@@ -352,7 +356,7 @@ def test_cut_answers_lose_their_eos_and_are_counted(tokenizer):
         dataset = EncodedDataset(records, tokenizer, 1, limit, log=lines.append)
         assert len(dataset) == 1 and list(dataset[0]["input_ids"]) == (prompt + response)[:limit]
         assert (dataset[0]["input_ids"][-1] == tokenizer.eos_token_id) == ends
-    assert "1 dropped" in lines[0] and "0 answers cut" in lines[0] and "1 answers cut" in lines[1]
+    assert "1 dropped" in lines[0] and "0 with answers cut" in lines[0] and "1 with answers cut" in lines[1]
     with pytest.raises(UsageError, match="--max_seq_len"):  # room for the prompt, none for an answer
         EncodedDataset(records, tokenizer, 1, len(prompt), log=quiet)
     assert len(EncodedDataset(records, tokenizer, 3, len(prompt), log=lines.append)) == 1 and "1 dropped" in lines[-1]

@@ -40,24 +40,24 @@ CASES = {  # name: (command line, what the sentence must name)
     "too few rows": ("step1_sft.py --data_path answers.jsonl --per_device_train_batch_size 64", ["do not fill", "--per_device_train_batch_size"]),
     "nothing to evaluate": ("step1_sft.py --data_path answers.jsonl --max_eval_samples 0", ["--max_eval_samples 0"]),
     "a template that is no file": ("step1_sft.py --chat_template nowhere.jinja", ["--chat_template nowhere.jinja"]),
-    "a template that is no Jinja": ("step1_sft.py --data_path answers.jsonl --chat_template {%broken", ["chat template"]),
+    "a template that is no Jinja": ("step1_sft.py --data_path answers.jsonl SMALL --chat_template {%broken", ["chat template"]),
     "python data.py": ("data.py --data_path missing.jsonl", ["missing.jsonl does not exist"]),
     # models
     "no such model": ("step1_sft.py --model_name_or_path nowhere", ["nowhere", "tokenizer"]),
-    "folder without weights": ("step1_sft.py --data_path answers.jsonl --model_name_or_path no_weights", ["no_weights", "weights"]),
-    "folder without config": ("step1_sft.py --data_path answers.jsonl --model_name_or_path no_config", ["no_config", "config.json"]),
-    "cut weights": ("step1_sft.py --data_path answers.jsonl --model_name_or_path cut_weights", ["cut_weights", "weights"]),
+    "folder without weights": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path no_weights", ["no_weights", "weights"]),
+    "folder without config": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path no_config", ["no_config", "config.json"]),
+    "cut weights": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path cut_weights", ["cut_weights", "weights"]),
     "a causal LM as reward model": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path LM --data_path answers.jsonl BATCH",
                                     ["no reward model", "score.weight"]),
     "a reward model as actor": ("step3_ppo.py --actor_model_name_or_path REWARD --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH",
                                 ["no language model"]),
     "another vocabulary": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path other_words --data_path answers.jsonl BATCH",
                            ["other_words", "tokenizer"]),
-    "longer than the model": ("step1_sft.py --data_path answers.jsonl --model_name_or_path LM --max_seq_len 512", ["--max_seq_len 512", "128"]),
+    "longer than the model": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path LM --max_seq_len 512", ["512 tokens", "128 positions", "--max_seq_len"]),
     "answers longer than the model": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH "
-                                      "--max_prompt_seq_len 64 --max_answer_seq_len 128", ["128", "--max_answer_seq_len"]),
-    "no layer of that name": ("step1_sft.py --data_path answers.jsonl --lora_dim 4 --lora_module_name nowhere", ["--lora_module_name nowhere"]),
-    "LoRA alone without LoRA": ("step1_sft.py --data_path answers.jsonl --only_optimize_lora", ["--only_optimize_lora", "--lora_dim"]),
+                                      "--max_prompt_seq_len 64 --max_answer_seq_len 128", ["192 tokens", "128 positions", "--max_answer_seq_len"]),
+    "no layer of that name": ("step1_sft.py --data_path answers.jsonl SMALL --lora_dim 4 --lora_module_name nowhere", ["--lora_module_name nowhere"]),
+    "LoRA alone without LoRA": ("step1_sft.py --data_path answers.jsonl SMALL --only_optimize_lora", ["--only_optimize_lora", "--lora_dim"]),
     "chat with nobody": ("chat.py --path nowhere", ["--path nowhere"]),
     "chat with a folder without weights": ("chat.py --path no_weights", ["--path no_weights"]),
     "chat with a reward model": ("chat.py --path REWARD --prompt Hello", ["--path", "language model"]),
@@ -71,18 +71,19 @@ CASES = {  # name: (command line, what the sentence must name)
     "ZeRO stage 7": ("step1_sft.py --zero_stage 7", ["--zero_stage 7", "0, 1, 2"]),
     "batch of 0": ("step1_sft.py --per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "at least 1"]),
     "log every 0 steps": ("step1_sft.py --logging_steps 0", ["--logging_steps 0", "at least 1"]),
-    "unknown schedule": ("step1_sft.py --data_path answers.jsonl --lr_scheduler_type zigzag", ["--lr_scheduler_type zigzag", "cosine"]),
-    "negative learning rate": ("step1_sft.py --data_path answers.jsonl --learning_rate -1", ["learning_rate", "-1"]),
+    "unknown schedule": ("step1_sft.py --data_path answers.jsonl SMALL --lr_scheduler_type zigzag", ["--lr_scheduler_type zigzag", "cosine"]),
+    "negative learning rate": ("step1_sft.py --data_path answers.jsonl SMALL --learning_rate -1", ["--learning_rate -1"]),
     "batches that do not divide": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl "
                                    "--per_device_generation_batch_size 6 --per_device_train_batch_size 4",
                                    ["--per_device_generation_batch_size 6", "--per_device_train_batch_size 4"]),
     "temperature 0": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --temperature 0",
-                      ["--temperature 0", "over 0"]),
-    "top_p 0": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --top_p 0", ["--top_p 0"]),
+                      ["--temperature 0.0", "over 0"]),
+    "top_p 0": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --top_p 0", ["--top_p 0.0"]),
     "no epochs of PPO": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --ppo_epochs 0",
                          ["--ppo_epochs 0", "at least 1"]),
-    "output that is a file": ("step1_sft.py --data_path answers.jsonl --output_dir notes.txt", ["notes.txt", "--output_dir"]),
+    "output that is a file": ("step1_sft.py --data_path answers.jsonl SMALL --output_dir notes.txt", ["notes.txt", "--output_dir"]),
 }
+SMALL = "--per_device_train_batch_size 2 --max_seq_len 64 --max_prompt_seq_len 32 --max_answer_seq_len 8 --max_steps 1"
 BATCH = "--per_device_generation_batch_size 4 --per_device_train_batch_size 4 --max_prompt_seq_len 32 --max_answer_seq_len 8 --max_steps 1"
 
 DRIVER = """
@@ -138,7 +139,7 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
 @pytest.fixture(scope="module")
 def outcomes(workplace, model_folders):
     """name of a case -> (exit code, seconds without imports, output)"""
-    commands = {name: [model_folders[word.lower()] if word in ("LM", "REWARD") else word for word in line.replace("BATCH", BATCH).split()]
+    commands = {name: [model_folders[word.lower()] if word in ("LM", "REWARD") else word for word in line.replace("BATCH", BATCH).replace("SMALL", SMALL).split()]
                 for name, (line, _) in CASES.items()}
     (workplace / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run([sys.executable, "-c", DRIVER, str(ROOT)], cwd=workplace, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
