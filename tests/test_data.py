@@ -454,7 +454,7 @@ def test_gold_is_not_earned_by_hedging_or_never_ending(answer):
 
 def test_every_question_has_one_good_answer():
     questions = toy_questions()
-    assert len(questions) == sum(len(asks) * len(facts) for asks, _, facts in data.TOY_TOPICS.values()), "no two facts share a question"
+    assert len(questions) == len(data.TOY_OPENERS) * sum(len(asks) * len(facts) for asks, _, facts in data.TOY_TOPICS.values()), "no two facts share a question"
     for question, (good, fact, wrong) in questions.items():
         assert toy_gold(question, good) == 1 and fact in good and wrong
         assert all(toy_gold(question, sentence) == 0 for sentence, _ in wrong), question

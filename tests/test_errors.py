@@ -87,18 +87,26 @@ SMALL = "--per_device_train_batch_size 2 --max_seq_len 64 --max_prompt_seq_len 3
 BATCH = "--per_device_generation_batch_size 4 --per_device_train_batch_size 4 --max_prompt_seq_len 32 --max_answer_seq_len 8 --max_steps 1"
 
 DRIVER = """
-import importlib, json, os, runpy, sys, time
+import json, os, runpy, sys, time, traceback
 sys.path.insert(0, sys.argv[1])
-import step1_sft, step2_reward, step3_ppo, chat, data
+import chat, data, step1_sft, step2_reward, step3_ppo
+import transformers.models.opt.modeling_opt
+data.toy_tokenizer()  # made once, not once a case
 for name, (script, *flags) in json.load(open("commands.json")).items():
     started = time.time()
     child = os.fork()
     if child == 0:
         out = os.open("out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1), os.dup2(out, 2)
-        sys.argv = [script, *flags]
-        runpy.run_path(os.path.join(sys.path[0], script), run_name="__main__")
-        sys.exit()  # runs no other case in this process, whatever happened
+        sys.argv, code = [script, *flags], 0
+        try:
+            runpy.run_path(os.path.join(sys.path[0], script), run_name="__main__")
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else (print(end.code), 1)[1]
+        except BaseException:
+            code = traceback.print_exc() or 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(json.dumps({name: [code, time.time() - started, open("out").read()]}), flush=True)
 """
@@ -129,8 +137,6 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
     os.truncate(folder / "cut_weights" / "model.safetensors", 5000)
     shutil.copytree(model_folders["reward"], folder / "other_words")
     vocabulary = json.loads((folder / "other_words" / "tokenizer.json").read_text())
-    pieces = vocabulary["model"]["vocab"]
-    pieces["cat"], pieces["dog"] = 1e6, 1e6 + 1
     (folder / "other_words" / "tokenizer.json").write_text(json.dumps({**vocabulary, "added_tokens": vocabulary["added_tokens"] + [
         {"id": len(tokenizer), "content": "<another>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}]}))
     return folder
@@ -151,7 +157,7 @@ def assert_one_sentence(code, output, script, named):
     assert "Traceback" not in output, output[-2000:]
     last = output.strip().splitlines()[-1]
     assert last.startswith(f"{script}: error: "), output[-2000:]
-    assert "usage:" not in output and len(last) < 700, "one sentence, not the whole manual"
+    assert "[-h]" not in output and len(last) < 700, "one sentence, not the whole manual"
     for word in named:
         assert word in last, (word, last)
 
