@@ -18,7 +18,8 @@ from step1_sft import Config as SFTConfig
 from step1_sft import perplexity, sft_loss, token_nats, trained_tokens
 from step2_reward import Config as RewardConfig
 from step2_reward import evaluate, pair_scores, reward_loss
-from step3_ppo import DeepSpeedPPOTrainer, Experience, actor_loss, adapt_kl_coef, critic_loss, gae, shape_rewards, whiten
+from step3_ppo import DeepSpeedPPOTrainer, Experience, adapt_kl_coef, critic_loss, gae, shape_rewards, whiten
+from step3_ppo import ppo_actor_loss as actor_loss
 
 pytestmark = pytest.mark.usefixtures("settings")  # whiten and the evaluations sum over a process group
 
@@ -42,8 +43,8 @@ def test_sft_loss_by_hand():
     """Row 1: prompt of 2, answer of 2; row 2: prompt of 1, answer of 1, 2 padding. The first token is never predicted."""
     logprobs = tensor([-1, -2, -4], [-8, -16, -32])
     mask = tensor([0, 0, 1, 1], [0, 1, 0, 0])
-    assert sft_loss(logprobs, mask) == 2 + 4 + 8
-    assert sft_loss(logprobs, tensor([1, 1, 1, 1], [1, 1, 0, 0])) == 1 + 2 + 4 + 8  # --train_on_prompt
+    assert sft_loss(logprobs, mask[:, 1:]) == 2 + 4 + 8
+    assert sft_loss(logprobs, tensor([1, 1, 1], [1, 0, 0])) == 1 + 2 + 4 + 8  # --train_on_prompt
     assert trained_tokens([{"loss_mask": mask}, {"loss_mask": mask}]) == 6
 
 
@@ -206,8 +207,9 @@ def test_actor_loss_by_hand():
     old, mask = torch.zeros(1, 6), torch.ones(1, 6)
     logprobs = tensor([1.5, 1.5, 0.5, 0.5, 1.1, 1.1]).log()
     advantages = tensor([2, -2, 2, -2, 2, -2])
-    loss, clipped = actor_loss(logprobs, old, advantages, mask, 0.2)
+    loss, clipped, approx_kl = actor_loss(logprobs, old, advantages, mask, 0.2)
     assert loss.item() == pytest.approx(-2 * 1.2 + 2 * 1.5 - 2 * 0.5 + 2 * 0.8 - 2 * 1.1 + 2 * 1.1, abs=1e-6) and clipped == 2
+    assert approx_kl.item() == pytest.approx(math.log(1.5)**2 + math.log(0.5)**2 + math.log(1.1)**2, rel=1e-5)  # sum of log(ratio)^2 / 2
     gradient = token_gradient(actor_loss, logprobs, old, advantages, mask, 0.2)[0]
     assert gradient.tolist() == pytest.approx([0, 2 * 1.5, -2 * 0.5, 0, -2 * 1.1, 2 * 1.1], abs=1e-6)
 
@@ -215,7 +217,7 @@ def test_actor_loss_by_hand():
 def test_actor_loss_counts_only_the_mask():
     mask, draw = ragged()
     logprobs, old, advantages = draw(), draw(), draw()
-    loss, clipped = actor_loss(logprobs, old, advantages, mask, 0.2)
+    loss, clipped, approx_kl = actor_loss(logprobs, old, advantages, mask, 0.2)
     inside = [x[mask.bool()][None] for x in (logprobs, old, advantages, mask)]
     assert loss.item() == pytest.approx(actor_loss(*inside, 0.2)[0].item(), rel=1e-5) and clipped == actor_loss(*inside, 0.2)[1]
 
@@ -400,7 +402,7 @@ def test_a_policy_that_has_not_moved_has_ratio_one(make_model, settings):
     for rows, parts in SPLITS:
         trainer, x = make_trainer(make_model("opt"), make_model("opt", "score"), settings, rows, parts), to(device(), make_experience(left=2))
         with torch.no_grad():
-            x.logprobs = trainer.engine.actor(x.tokens, x.attention_mask, x.mask.size(1), 0.7)[0]
+            x.logprobs = trainer.engine.actor(x.tokens, x.attention_mask, x.mask, 0.7)[0]
         trainer.train_rlhf(x)
         numbers = [trainer.metrics[f"ppo/policy/{name}"] for name in ("ratio", "approxkl", "clipfrac")]
         assert numbers == pytest.approx([1, 0, 0], abs=1e-5)
