@@ -98,14 +98,20 @@ def process_group(settings):
     return settings
 
 
+def clean_environment():
+    """The environment without what `setup` put there for this process: a command must start a group of its own."""
+    launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    bin_folder = str(Path(sys.executable).parent)  # run_all.sh takes its python3
+    return {**{name: value for name, value in os.environ.items() if name not in launchers}, "PATH": bin_folder + os.pathsep + os.environ["PATH"]}
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """run_script("step1_sft.py", "--max_steps", "2") -> (exit code, standard output and error) of that command in tmp_path."""
 
     def run(script, *flags, timeout=120, env=None):
         program = ["bash"] if script.endswith(".sh") else [sys.executable]
-        paths = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}  # run_all.sh takes its python3
-        done = subprocess.run(program + [str(ROOT / script), *map(str, flags)], cwd=tmp_path, env={**os.environ, **paths, **(env or {})},
+        done = subprocess.run(program + [str(ROOT / script), *map(str, flags)], cwd=tmp_path, env={**clean_environment(), **(env or {})},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
         return done.returncode, done.stdout
 

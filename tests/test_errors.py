@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, clean_environment
 
 CASES = {  # name: (command line, what the sentence must name)
     # data
@@ -148,7 +148,8 @@ def outcomes(workplace, model_folders):
     commands = {name: [model_folders[word.lower()] if word in ("LM", "REWARD") else word for word in line.replace("BATCH", BATCH).replace("SMALL", SMALL).split()]
                 for name, (line, _) in CASES.items()}
     (workplace / "commands.json").write_text(json.dumps(commands))
-    done = subprocess.run([sys.executable, "-c", DRIVER, str(ROOT)], cwd=workplace, stdout=subprocess.PIPE, text=True, timeout=300, check=True)
+    done = subprocess.run([sys.executable, "-c", DRIVER, str(ROOT)], cwd=workplace, env=clean_environment(),
+                          stdout=subprocess.PIPE, text=True, timeout=300, check=True)
     return {name: outcome for line in done.stdout.splitlines() if line.startswith("{") for name, outcome in json.loads(line).items()}
 
 
