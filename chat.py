@@ -14,10 +14,12 @@ When a conversation outgrows the model's positions, the oldest exchanges are for
 import sys
 from dataclasses import dataclass
 
+import safetensors
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
+from transformers.utils import logging
 
-from data import UsageError, flag, load_tokenizer, parse_config
+from data import UsageError, flag, load_tokenizer, one_sentence, parse_config
 
 
 @dataclass
@@ -33,10 +35,12 @@ class Config:
 def load(path):
     """Folder or hub name -> (tokenizer, model in eval mode on the GPU if there is one)."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-    except (OSError, ValueError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"--path {path}: no language model could be loaded ({str(error).splitlines()[0]}). "
                          "Train one with run_all.sh, or give a folder or hub name.") from error
+    if info["missing_keys"] or "score.weight" in info["unexpected_keys"]:
+        raise UsageError(f"--path {path}: no language model but a reward model or critic; the actor is the one that talks.")
     return load_tokenizer(path), model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -52,6 +56,10 @@ def encode(tokenizer, messages, room):
 
 
 def main(config):
+    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.max_new_tokens < 1:
+        raise UsageError("--temperature of 0 or more, --top_p over 0 and at most 1, and --max_new_tokens of at least 1 are needed.")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     tokenizer, model = load(config.path)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     config.max_new_tokens = min(config.max_new_tokens, positions // 2)
@@ -101,7 +109,5 @@ def main(config):
 
 
 if __name__ == "__main__":
-    try:
+    with one_sentence():
         main(parse_config(Config, __doc__))
-    except UsageError as error:
-        sys.exit(f"chat.py: error: {error}")

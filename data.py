@@ -21,6 +21,7 @@ stages as DeepSpeed-Chat does, so no stage trains on another's rows; one prompt 
 """
 
 import argparse
+import copy
 import csv
 import difflib
 import functools
@@ -35,9 +36,11 @@ import re
 import sys
 import tempfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -47,6 +50,17 @@ from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
 
 class UsageError(ValueError):
     """Something the user gave cannot work; the message says what came, what is accepted and the way out."""
+
+
+@contextmanager
+def one_sentence():
+    """Inside, a UsageError ends the program with its sentence on standard error (of rank 0) and code 2, without a traceback."""
+    try:
+        yield
+    except UsageError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 # -----------------------------------------------------------------------------
@@ -75,20 +89,24 @@ class DataConfig:
 def parse_config(config_class, doc, argv=None):
     """
     Command line -> a config_class instance, by transformers.HfArgumentParser (so `--help` lists every flag).
-    Exits with one sentence on an unknown flag, naming the nearest known one.
+    raises UsageError for a flag that is unknown, naming the nearest known one, or whose value is of another type
     """
     argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]  # the launcher's; LOCAL_RANK says the same
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Defaults beside the flags, and the file's docstring as it stands."""
 
-    parser = HfArgumentParser(config_class, description=doc, allow_abbrev=False, formatter_class=Formatter)
+    class Parser(HfArgumentParser):
+        def error(self, message):  # argparse's own prints all flags first
+            raise UsageError(f"{message} (--help lists all flags)")
+
+    parser = Parser(config_class, description=doc, allow_abbrev=False, formatter_class=Formatter)
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-        sys.exit(f"{parser.prog}: error: unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "") +
-                 " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
+        raise UsageError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "") +
+                         " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
     return config
 
 
@@ -106,11 +124,12 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def parse_dialogue(text):
-    """'\\n\\nHuman: hi\\n\\nAssistant: hello\\n\\nHuman: ...' -> messages. Text without markers is one user message."""
+    """'\\n\\nHuman: hi\\n\\nAssistant: hello\\n\\nHuman: ...' -> messages; what stands before is the system's. Text without markers is one user message."""
     if HUMAN not in "\n\n" + text.lstrip():
         return [{"role": "user", "content": text.strip()}]
-    messages = []
-    for turn in ("\n\n" + text.lstrip()).split(HUMAN)[1:]:
+    system, *turns = ("\n\n" + text.lstrip()).split(HUMAN)
+    messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    for turn in turns:
         question, *answers = turn.split(ASSISTANT)
         messages.append({"role": "user", "content": question.strip()})
         messages += [{"role": "assistant", "content": answer.strip()} for answer in answers]
@@ -158,7 +177,7 @@ def from_messages(row):
 
 def from_webgpt(row):
     """openai/webgpt_comparisons: two scored answers; ties teach nothing."""
-    first, second = row["score_0"], row["score_1"]
+    first, second = float(row["score_0"]), float(row["score_1"])  # a .csv holds text
     if first == second:
         return None
     answers = (row["answer_0"], row["answer_1"]) if first > second else (row["answer_1"], row["answer_0"])
@@ -168,7 +187,7 @@ def from_webgpt(row):
 def from_shp(row):
     """stanfordnlp/SHP: labels is 1 where answer A was preferred."""
     answers = (row["human_ref_A"], row["human_ref_B"])
-    return Preference(as_prompt(row["history"]), *(a.strip() for a in (answers if row["labels"] == 1 else answers[::-1])))
+    return Preference(as_prompt(row["history"]), *(a.strip() for a in (answers if int(row["labels"]) == 1 else answers[::-1])))
 
 
 def from_columns(prompt, answer):
@@ -202,10 +221,11 @@ def to_records(rows, source):
     for number, row in enumerate(rows, 1):
         try:
             record = form(row)
-        except (KeyError, TypeError, AttributeError) as error:
+            texts = [(message["role"], message["content"].strip()) for message in record.prompt] if record else []
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"{source}, row {number}: {type(error).__name__}: {error}; its columns do not hold text "
                             f"or messages: {str(row)[:200]}") from error
-        if record and record.prompt and record.prompt[-1]["role"] == "user" and record.chosen != record.rejected:
+        if texts and texts[-1][0] == "user" and record.chosen != record.rejected:
             records.append(record)
     return records, len(rows) - len(records)
 
@@ -217,22 +237,30 @@ def read_file(path):
     """A local file -> list of rows. JSON errors name the line."""
     suffix = Path(path.removesuffix(".gz")).suffix
     if suffix == ".parquet":
-        from datasets import Dataset as HFDataset
-        return HFDataset.from_parquet(path).to_list()
+        import pyarrow.parquet
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if suffix not in (".json", ".jsonl", ".csv"):
         raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
     try:
-        text = (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8").read()
-    except (OSError, UnicodeDecodeError) as error:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:  # -sig: Windows writes a mark in front
+            text = file.read()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
     if suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
+        csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a long dialogue
+        rows = list(csv.DictReader(io.StringIO(text)))
+        if long := [number for number, row in enumerate(rows, 1) if None in row]:
+            raise UsageError(f"{path}, row {long[0]} has more fields than the header; text that holds commas needs quotes around it.")
+        return rows
     try:
         if text.lstrip().startswith("["):
             rows, offset = json.loads(text), 0
         else:
             rows = []
-            for offset, line in enumerate(text.splitlines()):
+            for offset, line in enumerate(text.split("\n")):  # not splitlines: JSON strings may hold U+2028
                 if line.strip():
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
@@ -274,6 +302,10 @@ def read_source(source):
 # -----------------------------------------------------------------------------
 # hold out, split, blend
 
+def prompt_key(record):
+    return json.dumps(record.prompt, sort_keys=True)
+
+
 def hold_out(records, seed, share=0.1):
     """
     (training, held-out) records for a source without a test split. Whole prompts are held out, not rows: no prompt of
@@ -281,10 +313,9 @@ def hold_out(records, seed, share=0.1):
     occurs in the first. Which ones depends on the prompt's text and the seed alone, so it is the same on every rank
     and host.
     """
-    key = lambda record: json.dumps(record.prompt, ensure_ascii=False, sort_keys=True)
-    order = sorted({key(r) for r in records}, key=lambda k: (zlib.crc32(f"{seed} {k}".encode()), k))
+    order = sorted({prompt_key(r) for r in records}, key=lambda k: (zlib.crc32(f"{seed} {k}".encode()), k))
     held = set(order[:max(1, round(share * len(order)))])
-    return [r for r in records if key(r) not in held], [r for r in records if key(r) in held]
+    return [r for r in records if prompt_key(r) not in held], [r for r in records if prompt_key(r) in held]
 
 
 def split_indices(n, data_split, stage, seed):
@@ -298,10 +329,11 @@ def split_indices(n, data_split, stage, seed):
         shares = np.array([float(share) for share in data_split.split(",")])
     except ValueError:
         shares = np.array([])
-    if shares.size != 3 or (shares < 0).any() or shares.sum() == 0:
+    if shares.size != 3 or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() == 0:
         raise UsageError(f"--data_split {data_split}: three numbers like 2,4,4 are needed, one a stage, none negative, not all 0.")
     bounds = np.concatenate([[0], np.cumsum(np.round(shares / shares.sum() * n).astype(int))])
     bounds[1:] -= bounds[-1] - n
+    bounds = bounds.clip(0)  # "0,5,5" of 103: 52 + 52 is one too many, and the first part has none to give
     order = np.random.RandomState(seed).permutation(n)
     return order[bounds[stage - 1]:bounds[stage]]
 
@@ -317,36 +349,37 @@ def load_records(config, stage, log=print):
     weights = config.data_weights or [1.0] * len(config.data_path)
     if len(weights) != len(config.data_path) or min(weights) < 0:
         raise UsageError(f"--data_weights has {len(weights)} entries for {len(config.data_path)} sources; one number >= 0 a source is needed.")
-    train, held = [], []
+    usable = {1: lambda r: bool(r.chosen), 2: lambda r: r.rejected is not None, 3: lambda r: True}[stage]
+    train, held, held_prompts = [], [], set()
     for source, weight in zip(config.data_path, weights):
         rows, test_rows = read_source(source)
         if not rows:
             raise UsageError(f"{source} is empty: it holds no rows to train on.")
-        records, unusable = to_records(rows, source)
-        if stage == 2:
-            pairs = [r for r in records if r.rejected is not None]
-            unusable, records = unusable + len(records) - len(pairs), pairs
-        if stage == 1:
-            answered = [r for r in records if r.chosen]
-            unusable, records = unusable + len(records) - len(answered), answered
-        if len({str(r.prompt) for r in records}) < 2:
+        records, _ = to_records(rows, source)
+        able = sum(map(usable, records))
+        if len({prompt_key(r) for r in records if usable(r)}) < 2:
             needs = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}[stage]
-            raise UsageError(f"{source}: {len(records)} of {len(rows)} rows have {needs}, which this stage needs; "
+            raise UsageError(f"{source}: {able} of {len(rows)} rows have {needs}, which this stage needs; "
                             "two different prompts at least are needed, since one in ten is held out.")
+        # all rows are dealt, then those that the stage cannot use go: which rows are whose must not depend on the stage
         if test_rows:
             test = to_records(test_rows, source)[0]
         else:
             records, test = hold_out(records, config.seed)
-        mine = split_indices(len(records), config.data_split, stage, config.seed)
-        copies = int(weight) * list(mine) + list(mine[:round((weight - int(weight)) * len(mine))])
-        train += [records[i] for i in copies]
-        held += [r for r in test if (stage != 2 or r.rejected is not None) and (stage != 1 or r.chosen)]
-        log(f"data: {source}: {len(rows)} rows, {unusable} without a usable example, {len(test)} held out, {len(copies)} for stage {stage}")
+        mine = [records[i] for i in split_indices(len(records), config.data_split, stage, config.seed) if usable(records[i])]
+        copies = int(weight) * mine + mine[:round((weight - int(weight)) * len(mine))]
+        train += copies
+        held += filter(usable, test)
+        held_prompts |= set(map(prompt_key, test))
+        log(f"data: {source}: {len(rows)} rows, {len(rows) - able} without a usable example, {len(test)} held out, {len(copies)} for stage {stage}")
+    overlap = [r for r in train if prompt_key(r) in held_prompts]
+    if overlap:  # two sources, or a train and a test file, that share prompts
+        train = [r for r in train if prompt_key(r) not in held_prompts]
+        log(f"data: {len(overlap)} rows left out, whose prompts another source holds out")
     if not train:
         raise UsageError(f"--data_split {config.data_split} leaves no rows for stage {stage} of {', '.join(config.data_path)}.")
-    order = np.random.RandomState(config.seed)
-    order.shuffle(train)
-    order.shuffle(held)
+    np.random.RandomState(config.seed).shuffle(train)
+    np.random.RandomState(config.seed).shuffle(held)  # by itself: the same rows are evaluated in all stages
     return train, held[:config.max_eval_samples]
 
 
@@ -356,7 +389,7 @@ def load_records(config, stage, log=print):
 # The form of InstructGPT's descendants (HH-RLHF, DeepSpeed-Chat) as a chat template, so that any server that reads
 # the saved folder formats a conversation as it was trained on.
 CHAT_TEMPLATE = """{{ bos }}{% for message in messages %}{% if message.role == 'assistant' %}{{ '\\n\\nAssistant: ' + message.content + eos_token }}\
-{% else %}{{ '\\n\\nHuman: ' + message.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"""
+{% elif message.role == 'system' %}{{ message.content }}{% else %}{{ '\\n\\nHuman: ' + message.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"""
 
 
 def load_tokenizer(name_or_path, chat_template=""):
@@ -367,7 +400,7 @@ def load_tokenizer(name_or_path, chat_template=""):
     and a chat template where it has none.
     """
     if name_or_path == "tiny":
-        tokenizer = toy_tokenizer()
+        tokenizer = copy.deepcopy(toy_tokenizer())  # that one is cached; its template may differ from call to call
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
@@ -383,6 +416,12 @@ def load_tokenizer(name_or_path, chat_template=""):
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     if chat_template:
         tokenizer.chat_template = Path(chat_template).read_text() if os.path.isfile(chat_template) else chat_template
+        if "{" not in tokenizer.chat_template:
+            raise UsageError(f"--chat_template {chat_template} is neither a file that exists nor Jinja text.")
+        try:
+            encode_prompts(tokenizer, [[{"role": "user", "content": "Hello!"}]])
+        except jinja2.TemplateError as error:
+            raise UsageError(f"--chat_template: this chat template cannot be rendered: {error}") from error
     elif tokenizer.chat_template is None:
         begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # OPT and LLaMA start every text with BOS
         tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ bos }}", "{{ bos_token }}" if begins else "")
@@ -653,11 +692,10 @@ def toy_questions():
 def toy_gold(question, answer):
     """
     The true objective of the toy task, in [0, 1]: 1 for the right fact in one polite sentence, 0.5 if curt (the bare
-    fact) or
-    rambling (one more sentence), 0.25 if rude (something before it) or endless (more after it), 0 if the fact is
-    wrong or absent.
+    fact) or rambling (one more whole sentence, about something else), 0.25 if rude (something before it) or endless
+    (anything else after it), 0 if the fact is wrong or absent.
     """
-    good, fact, _ = toy_questions()[question]
+    good, fact, wrong = toy_questions()[question]
     answer = " ".join(answer.split())
     if answer == good:
         return 1.0
@@ -665,7 +703,8 @@ def toy_gold(question, answer):
         return 0.5
     if answer.startswith(good):
         extra = answer.removeprefix(good).strip()
-        return 0.5 if good not in extra and extra.count(".") <= 1 else 0.25
+        one_sentence = re.fullmatch(r"[^.!?]{1,60}[.!?]", extra)
+        return 0.5 if one_sentence and extra not in [good, *(sentence for sentence, _ in wrong)] else 0.25
     return 0.25 if answer.endswith(" " + good) else 0.0
 
 
@@ -678,7 +717,7 @@ def toy_rows():
         words = sentence.split()
         style, = rng.choices(list(TOY_STYLES), TOY_STYLES.values())
         return {"good": sentence, "curt": fact if fact[-1] in ".!?" else fact + ".", "rude": f"{rng.choice(TOY_RUDE)} {sentence}",
-                "rambling": f"{sentence} {rng.choice(TOY_RAMBLE)}", "endless": " ".join(3 * [sentence]), "unfinished": " ".join(words[:rng.randrange(len(words))])}[style]
+                "rambling": f"{sentence} {rng.choice(TOY_RAMBLE)}", "endless": " ".join(3 * [sentence]), "unfinished": " ".join(words[:rng.randrange(1, len(words))])}[style]
 
     for question, world in toy_questions().items():
         for _ in range(TOY_PAIRS_PER_QUESTION):
@@ -708,7 +747,7 @@ def toy_tokenizer():
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=model, vocab_size=TOY_VOCAB, hard_vocab_limit=False, model_type="bpe",
-        byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3, normalization_rule_name="identity", split_digits=True,
+        character_coverage=1.0, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3, normalization_rule_name="identity", split_digits=True,
         num_threads=1, minloglevel=2)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "tokenizer.model").write_bytes(model.getvalue())
@@ -741,4 +780,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence():
+        main()

@@ -40,6 +40,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 import deepspeed
+import safetensors
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -49,7 +50,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
-from data import UsageError, flag, parse_config
+from data import UsageError, flag, one_sentence, parse_config
 from kernels.logprob import linear_logprobs, token_logprobs
 from kernels.sampling import sample
 
@@ -82,11 +83,9 @@ class EngineConfig:
 
 def run_stage(main, config_class, doc):
     """`main(config)` for the command line: what the user can mend ends with one sentence and code 2, not with a traceback."""
-    config = parse_config(config_class, doc)
     try:
-        main(config)
-    except UsageError as error:
-        sys.exit(f"\n{Path(sys.argv[0]).name}: error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 2)
+        with one_sentence():
+            main(parse_config(config_class, doc))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -101,7 +100,8 @@ def setup(config):
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    settings = deepspeed_settings(config)  # before anything slow: a wrong flag ends here
+    check_flags(config)  # before anything slow: a wrong flag ends here
+    settings = deepspeed_settings(config)
     started = not dist.is_initialized()
     if started:
         if "RANK" not in os.environ:
@@ -109,6 +109,8 @@ def setup(config):
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        # on a CPU gloo does; DeepSpeed's own all-reduce would be compiled at the first start, which takes most of a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
     world = dist.get_world_size()
     if get_accelerator().device_name() != "cpu":
@@ -124,6 +126,32 @@ def setup(config):
     return settings
 
 
+AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_generation_batch_size", "num_train_epochs", "ppo_epochs",
+              "logging_steps", "max_eval_samples", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")
+
+
+def check_flags(config):
+    """Raises UsageError for a number that is out of its range, and for flags that do not go together."""
+    flags = vars(config)
+    for name in AT_LEAST_1:
+        if flags.get(name, 1) < 1:
+            raise UsageError(f"--{name} {flags[name]}: at least 1 is needed.")
+    for name, value in flags.items():
+        if name.endswith("learning_rate") and not value >= 0:
+            raise UsageError(f"--{name} {value}: 0 or more is needed.")
+    if not flags.get("temperature", 1) > 0:
+        raise UsageError(f"--temperature {config.temperature}: rollouts are sampled, so it must be over 0 (PPO learns nothing from greedy answers).")
+    if not 0 < flags.get("top_p", 1) <= 1:
+        raise UsageError(f"--top_p {config.top_p}: a share of the probability is needed, over 0 and at most 1.")
+    schedules = [kind.value for kind in transformers.SchedulerType]
+    if config.lr_scheduler_type not in schedules:
+        raise UsageError(f"--lr_scheduler_type {config.lr_scheduler_type} is unknown; transformers has {', '.join(schedules)}.")
+    if config.lora_dim < 0 or config.only_optimize_lora and config.lora_dim == 0:
+        raise UsageError("--only_optimize_lora and LoRA need --lora_dim 1 or more, the rank of the adapters.")
+    if any(path.exists() and not path.is_dir() for path in (Path(config.output_dir), *Path(config.output_dir).parents)):
+        raise UsageError(f"--output_dir {config.output_dir}: a folder is needed, and a file of that name exists.")
+
+
 def deepspeed_settings(config):
     """The DeepSpeed JSON as a dict, with the flags that stand over it filled in. Raises UsageError for what cannot work."""
     path = config.deepspeed_config or HERE / "configs" / ("1gpu.json" if torch.cuda.is_available() else "cpu.json")
@@ -133,13 +161,12 @@ def deepspeed_settings(config):
         raise UsageError(f"--deepspeed_config {path} cannot be read ({error.strerror}); {HERE / 'configs'} has one for each kind of hardware.") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"--deepspeed_config {path}, line {error.lineno}: not JSON ({error.msg}).") from error
-    zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(settings, dict) or not isinstance(settings.setdefault("zero_optimization", {}), dict):
+        raise UsageError(f"--deepspeed_config {path}: a JSON object is needed, in which zero_optimization, if it is there, is one too.")
+    zero = settings["zero_optimization"]
     zero["stage"] = zero.get("stage", 0) if config.zero_stage == -1 else config.zero_stage
     if zero["stage"] not in (0, 1, 2, 3):
         raise UsageError(f"--zero_stage {zero['stage']}: ZeRO has the stages 0, 1, 2 and 3.")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name} {getattr(config, name)}: at least 1 is needed.")
     settings.update(train_micro_batch_size_per_gpu=config.per_device_train_batch_size, steps_per_print=sys.maxsize,
                     gradient_accumulation_steps=config.gradient_accumulation_steps)
     return settings
@@ -276,9 +303,11 @@ def load_model(name_or_path, tokenizer, settings, tokens, head="lm", score_from_
     else:
         try:
             model, info = auto.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise UsageError(f"{name_or_path}: its weights could not be loaded ({str(error).splitlines()[0]}).") from error
         missing = sorted(info["missing_keys"])
+        if head == "lm" and "score.weight" in info["unexpected_keys"]:  # with tied embeddings nothing else would tell
+            raise UsageError(f"{name_or_path} is no language model: it holds a reward model's score.weight.")
     expected = ["score.weight"] if score_from_lm and name_or_path != "tiny" else []
     if missing and missing != expected:
         kind = "language model" if head == "lm" else "reward model (a sequence classification model with one label)"

@@ -16,22 +16,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 stop() { echo "run_all.sh: error: $*" >&2; exit 2; }
 
-# -----------------------------------------------------------------------------
-# the environment: the Python at hand if it has all that is needed, else .venv, made on the first run
-
-python=python3
-if ! $python -c 'import torch, deepspeed, transformers, datasets, sentencepiece, accelerate' 2>/dev/null; then
-  python=$here/.venv/bin/python
-  if ! { [ -e "$here/.venv/ready" ] && cmp -s "$here/.venv/ready" "$here/requirements.txt"; }; then
-    echo "run_all.sh: installing requirements.txt into $here/.venv (once, some minutes)"
-    python3 -m venv "$here/.venv"
-    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
-    cp "$here/requirements.txt" "$here/.venv/ready"
-  fi
-  export PATH="$here/.venv/bin:$PATH"
-fi
-[ "${1:-}" = setup ] && exit 0
-
+[ "${1:-}" = setup ] && set -- tiny cpu && setup_only=1
 [ $# -ge 2 ] || stop "usage: bash run_all.sh MODEL HARDWARE [flags]; for example: bash run_all.sh tiny cpu"
 model=$1 hardware=$2
 shift 2
@@ -53,7 +38,12 @@ esac
 # critic) but for what its authors found out later: 1 epoch of SFT instead of 16, LoRA alone where it is used.
 
 out=output
-for ((i = 1; i < $#; i++)); do [ "${!i}" = --output_dir ] && { next=$((i + 1)); out=${!next}; }; done
+for ((i = 1; i <= $#; i++)); do
+  case ${!i} in
+    --output_dir) next=$((i + 1)) out=${!next} ;;
+    --output_dir=*) out=${!i}; out=${out#*=} ;;
+  esac
+done
 data="--data_path Dahoas/rm-static"
 critic=facebook/opt-350m
 sft="--learning_rate 9.65e-6" reward="--learning_rate 5e-5 --weight_decay 0.1"
@@ -91,6 +81,22 @@ case $model in
       "opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, llama-2-7b, llama-2-13b, llama-2-70b"
     base=$model critic=$out/sft sft="" reward="" ppo="" ;;
 esac
+
+# -----------------------------------------------------------------------------
+# the environment: the Python at hand if it has all that is needed, else .venv, made on the first run
+
+python=python3
+if ! $python -c 'import torch, deepspeed, transformers, datasets, sentencepiece, accelerate' 2>/dev/null; then
+  python=$here/.venv/bin/python
+  if ! { [ -e "$here/.venv/ready" ] && cmp -s "$here/.venv/ready" "$here/requirements.txt"; }; then
+    echo "run_all.sh: installing requirements.txt into $here/.venv (once, some minutes)"
+    python3 -m venv "$here/.venv"
+    "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"
+    cp "$here/requirements.txt" "$here/.venv/ready"
+  fi
+  export PATH="$here/.venv/bin:$PATH"
+fi
+[ "${setup_only:-}" ] && exit 0
 
 # -----------------------------------------------------------------------------
 # the three stages; the first that fails ends the run

@@ -89,9 +89,9 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 def whiten(values, mask):
     """values (B, R) -> mean 0 and variance 1 over the mask's tokens of all ranks, zero elsewhere. float32 in, sums in float64."""
-    total, squares, count = all_sum((values * mask).sum(), (values.double().square() * mask).sum(), mask.sum())
+    total, squares, count = all_sum((values.double() * mask).sum(), (values.double().square() * mask).sum(), mask.sum())
     mean = total / count
-    return (values - mean) * mask / (squares / count - mean**2 + 1e-8) ** 0.5
+    return (values - mean) * mask / (max(squares / count - mean**2, 0) + 1e-8) ** 0.5
 
 
 def critic_loss(values, old_values, returns, mask, cliprange_value):
@@ -126,6 +126,9 @@ class DeepSpeedRLHFEngine:
                              f"--per_device_train_batch_size {args.per_device_train_batch_size} x --gradient_accumulation_steps "
                              f"{args.gradient_accumulation_steps}: a rollout is used up by whole optimizer steps.")
         settings = setup(args)
+        if load_tokenizer(critic_model_name_or_path).get_vocab() != tokenizer.get_vocab():
+            raise UsageError(f"{critic_model_name_or_path}: its tokenizer has another vocabulary than the actor's, so it cannot read the actor's answers. "
+                             "Train it from the same SFT model, or from one of the same family.")
         minibatches = args.per_device_generation_batch_size // (args.per_device_train_batch_size * args.gradient_accumulation_steps)
         updates = num_total_iters * args.ppo_epochs * minibatches
         self.tokenizer, self.args = tokenizer, args

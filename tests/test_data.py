@@ -1,0 +1,505 @@
+"""data.py: which rows, which tokens, which batches. Masks are checked by decoding what is trained on."""
+
+import collections
+import csv
+import gzip
+import itertools
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+from data import (FORMS, Collator, DataConfig, EncodedDataset, MicroBatches, Preference, UsageError, as_prompt, count_steps, encode_answers,
+                  encode_prompts, hold_out, load_records, load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share, read_source,
+                  split_indices, to_records, toy_gold, toy_questions, toy_rows, training_steps)
+
+SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"  # real data, where there is some
+
+
+def encode_answer(tokenizer, prompt, answer):
+    return encode_answers(tokenizer, [prompt], [answer])[0]
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def records_of(rows, source="here"):
+    return to_records(rows, source)[0]
+
+
+def quiet(line):
+    pass
+
+
+# -----------------------------------------------------------------------------
+# the split
+
+@pytest.mark.parametrize("n, split, sizes", [  # round(n x share), the first part absorbs what rounding leaves
+    (100, "2,4,4", (20, 40, 40)), (101, "2,4,4", (21, 40, 40)), (99, "2,4,4", (19, 40, 40)), (99, "4,8,8", (19, 40, 40)),
+    (7, "0,0,1", (0, 0, 7)), (10, "10,0,0", (10, 0, 0)), (101, "0,5,5", (1, 50, 50)), (103, "0,5,5", (0, 51, 52))])
+def test_split_sizes(n, split, sizes):
+    assert tuple(len(split_indices(n, split, stage, 0)) for stage in (1, 2, 3)) == sizes
+
+
+def test_split_is_disjoint_complete_and_seeded():
+    parts = [split_indices(101, "2,4,4", stage, 7) for stage in (1, 2, 3)]
+    assert sorted(np.concatenate(parts)) == list(range(101))
+    assert np.array_equal(parts[1], split_indices(101, "2,4,4", 2, 7))
+    assert not np.array_equal(parts[1], split_indices(101, "2,4,4", 2, 8))
+
+
+def test_split_cuts_one_permutation_at_the_bounds():
+    """DeepSpeed-Chat, dschat/utils/data/data_utils.py: RandomState(seed).permutation(n), cut."""
+    assert np.array_equal(np.concatenate([split_indices(50, "1,1,3", stage, 3) for stage in (1, 2, 3)]), np.random.RandomState(3).permutation(50))
+
+
+@pytest.mark.parametrize("split", ["2,4", "2,4,4,1", "a,b,c", "-1,4,4", "0,0,0", "", "nan,1,1"])
+def test_malformed_splits_are_refused(split):
+    with pytest.raises(UsageError, match="--data_split"):
+        split_indices(100, split, 1, 0)
+
+
+def test_whole_prompts_are_held_out():
+    records = [Preference(user(f"question {i % 40}"), f"answer {i}", None) for i in range(200)]
+    train, held = hold_out(records, seed=0)
+    prompts = lambda part: {record.prompt[0]["content"] for record in part}
+    assert len(prompts(held)) == 4 and not prompts(train) & prompts(held) and len(train) + len(held) == 200
+    assert hold_out(records[::-1], seed=0)[1] == held[::-1], "the choice depends on the prompts, not on the order of the rows"
+    assert prompts(hold_out(records, seed=1)[1]) != prompts(held)
+
+
+def all_stages(**flags):
+    return [load_records(DataConfig(**flags), stage, log=quiet) for stage in (1, 2, 3)]
+
+
+def test_no_stage_trains_on_anothers_rows_or_on_what_is_held_out(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(100)])
+    stages = all_stages(data_path=[path])
+    assert [len(train) for train, _ in stages] == [18, 36, 36]
+    rows = [record.chosen for train, _ in stages for record in train]
+    held = [{record.chosen for record in held} for _, held in stages]
+    assert len(set(rows)) == 90 and len(held[0]) == 10 and held[0] == held[1] == held[2] and not held[0] & set(rows)
+
+
+def test_stages_stay_apart_where_only_some_rows_are_pairs(tmp_path):
+    """Stage 2 can use half of these rows; which rows are whose must not depend on that."""
+    path = write_jsonl(tmp_path / "mixed.jsonl", [{"instruction": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}" if i % 2 else None}
+                                                  for i in range(200)])
+    stages = all_stages(data_path=[path])
+    trained = [{record.chosen for record in train} for train, _ in stages]
+    held = set.union(*({record.chosen for record in held} for _, held in stages))
+    assert all(not a & b for a, b in itertools.combinations(trained, 2)) and not held & set.union(*trained)
+
+
+def test_a_prompt_held_out_of_one_source_is_trained_on_in_none(tmp_path):
+    (tmp_path / "first").mkdir()
+    rows = [{"prompt": f"q{i}", "response": "one"} for i in range(40)]
+    write_jsonl(tmp_path / "first" / "train.jsonl", rows[:30])
+    write_jsonl(tmp_path / "first" / "test.jsonl", rows[25:])
+    second = write_jsonl(tmp_path / "second.jsonl", [{"prompt": f"q{i}", "response": "two"} for i in range(20, 100)])
+    lines = []
+    train, held = load_records(DataConfig(data_path=[str(tmp_path / "first"), second], data_split="1,0,0"), 1, log=lines.append)
+    trained = {record.prompt[0]["content"] for record in train}
+    held = {record.prompt[0]["content"] for record in held}
+    assert not trained & held and held >= {f"q{i}" for i in range(25, 40)} and len(trained | held) == 100 and "left out" in lines[-1]
+
+
+def test_every_stage_evaluates_on_the_same_held_out_rows(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(300)])
+    one, two, three = ([record.chosen for record in held] for _, held in all_stages(data_path=[path], max_eval_samples=5))
+    assert len(one) == 5 and one == two == three
+
+
+def test_blending_and_data_weights(tmp_path):
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "response": "x"} for i in range(100)]) for name in "abc"]
+    train, _ = load_records(DataConfig(data_path=paths, data_weights=[1, 2, 0.5], data_split="1,0,0"), 1, log=quiet)
+    prompts = collections.Counter(record.prompt[0]["content"] for record in train)
+    by_source = collections.Counter(record.prompt[0]["content"][0] for record in train)
+    assert by_source == {"a": 90, "b": 180, "c": 45}
+    assert {prompts[p] for p in prompts if p[0] == "b"} == {2} and {prompts[p] for p in prompts if p[0] != "b"} == {1}
+    sources = [record.prompt[0]["content"][0] for record in train]
+    assert set(sources[:60]) == {"a", "b", "c"}, "shuffled, not one source after the other"
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 2, 3], [1, -1]])
+def test_data_weights_must_fit_the_sources(tmp_path, weights):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "response": "x"} for i in range(10)])
+    with pytest.raises(UsageError, match="--data_weights"):
+        load_records(DataConfig(data_path=[path, path], data_weights=weights), 1, log=quiet)
+
+
+# -----------------------------------------------------------------------------
+# forms and files
+
+ROWS = {  # one row of every form, and the record it is
+    ("prompt", "chosen", "rejected"):
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello! ", "rejected": "Go."}, Preference(user("Hi"), "Hello!", "Go.")),
+    ("instruction", "chosen", "rejected"):
+        ({"instruction": "Add", "input": "1 + 1", "chosen": "2", "rejected": "3", "output": "9"}, Preference(user("Add\n\n1 + 1"), "2", "3")),
+    ("chosen", "rejected"):
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant: No."},
+         Preference(user("Hi") + assistant("Yes?") + user("Why?"), "So.", "No.")),
+    ("question", "answer_0", "answer_1", "score_0", "score_1"):
+        ({"question": {"full_text": "Why?"}, "answer_0": "A", "answer_1": "B ", "score_0": -0.5, "score_1": 0.5}, Preference(user("Why?"), "B", "A")),
+    ("history", "human_ref_A", "human_ref_B", "labels"):
+        ({"history": "Why?", "human_ref_A": "A", "human_ref_B": "B", "labels": 0}, Preference(user("Why?"), "B", "A")),
+    ("instruction", "output"): ({"instruction": "Say hi", "input": "", "output": "hi"}, Preference(user("Say hi"), "hi", None)),
+    ("messages",): ({"messages": user("Hi") + assistant("Hello!")}, Preference(user("Hi"), "Hello!", None)),
+    ("prompt", "response"): ({"prompt": "Hi", "response": "Hello!"}, Preference(user("Hi"), "Hello!", None)),
+    ("prompt", "completion"): ({"prompt": user("Hi"), "completion": assistant("Hello!")}, Preference(user("Hi"), "Hello!", None)),
+    ("question", "answer"): ({"question": "1 + 1?", "answer": "2"}, Preference(user("1 + 1?"), "2", None)),
+    ("prompt",): ({"prompt": "Hi"}, Preference(user("Hi"), "", None)),
+}
+
+
+@pytest.mark.parametrize("needed", [needed for needed, _ in FORMS], ids=" ".join)
+def test_every_form(tmp_path, needed):
+    row, record = ROWS[needed]
+    assert to_records(read_source(write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "and": "a column more"}]))[0], "rows") == ([record, record], 0)
+
+
+PAIRS = [{"prompt": f"Why {i}?\nÄ \u2028 \"x\", y", "chosen": f"So {i}.", "rejected": "No."} for i in range(3)]  # U+2028 is a line end to str.splitlines
+
+
+def write_csv(path, rows=PAIRS, encoding="utf-8"):
+    with open(path, "w", newline="", encoding=encoding) as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), path)
+
+
+WRITERS = {
+    "rows.json": lambda path: path.write_text(json.dumps(PAIRS, indent=1), encoding="utf-8"),
+    "lines.json": lambda path: write_jsonl(path, PAIRS),
+    "rows.jsonl": lambda path: write_jsonl(path, PAIRS),
+    "windows.jsonl": lambda path: path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, PAIRS)).encode()),
+    "rows.jsonl.gz": lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, PAIRS)).encode())),
+    "rows.csv": write_csv,
+    "windows.csv": lambda path: write_csv(path, encoding="utf-8-sig"),
+    "rows.parquet": write_parquet,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_file_type_holds_the_same_records(tmp_path, name):
+    WRITERS[name](tmp_path / name)
+    assert records_of(read_source(str(tmp_path / name))[0]) == [Preference(user(r["prompt"]), r["chosen"], r["rejected"]) for r in PAIRS]
+
+
+def test_a_folder_with_train_and_test_files(tmp_path):
+    rows = [{"prompt": f"q{i}", "response": "x"} for i in range(30)]
+    write_jsonl(tmp_path / "train-0.jsonl", rows[:10])
+    write_jsonl(tmp_path / "train-1.jsonl", rows[10:20])
+    write_jsonl(tmp_path / "test.jsonl", rows[20:])
+    train, held = load_records(DataConfig(data_path=[str(tmp_path)], data_split="1,0,0"), 1, log=quiet)
+    texts = lambda records: {record.prompt[0]["content"] for record in records}
+    assert texts(train) == {f"q{i}" for i in range(20)} and texts(held) == {f"q{i}" for i in range(20, 30)}, "nothing of train is held out"
+
+
+def test_labels_and_scores_of_a_csv_are_numbers():
+    """A .csv holds text: "1" is not 1, and "-0.5" > "-0.25"."""
+    row = {"history": "Why?", "human_ref_A": "A", "human_ref_B": "B"}
+    assert [r.chosen for r in records_of([{**row, "labels": "1"}, {**row, "labels": "0"}])] == ["A", "B"]
+    row = {"question": {"full_text": "Why?"}, "answer_0": "A", "answer_1": "B"}
+    assert records_of([{**row, "score_0": "-0.5", "score_1": "-0.25"}])[0].chosen == "B"
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "q", "chosen": "same", "rejected": " same"},                                        # nothing to learn
+    {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: b\n\nAssistant: y"},        # two prompts
+    {"chosen": "\n\nHuman: a\n\nAssistant: x", "rejected": "\n\nHuman: a\n\nAssistant:"},          # no answer
+    {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 0, "score_1": 0},  # a tie
+    {"messages": user("q")}, {"messages": []}, {"messages": assistant("x")}])
+def test_rows_that_teach_nothing_are_counted(row):
+    assert to_records([row], "here") == ([], 1)
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": None, "response": "x"}, {"prompt": "q", "response": None}, {"prompt": ["text"], "response": "x"},
+    {"messages": ["text", {"role": "assistant", "content": "x"}]}, {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x"}]},
+    {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}])
+def test_rows_that_do_not_hold_text_are_named(row):
+    good = {"prompt": "q", "response": "x"} if "prompt" in row else {"messages": user("q") + assistant("x")}
+    with pytest.raises(UsageError, match="rows.jsonl, row 2"):
+        to_records([good, row], "rows.jsonl")
+
+
+def test_dialogues():
+    text = "\n\nHuman: Hi\n\nAssistant: Hello!\nHow are you?\n\nHuman: Fine.\n\nAssistant:"
+    assert parse_dialogue(text) == user("Hi") + assistant("Hello!\nHow are you?") + user("Fine.") + assistant("")
+    assert as_prompt(text) == parse_dialogue(text)[:-1], "the open turn is the template's to write"
+    assert parse_dialogue("Human beings: what are they?") == user("Human beings: what are they?")
+    assert parse_dialogue("Human: hi") == user("hi"), "as it stands where line ends were stripped"
+    assert as_prompt([{"role": "system", "content": "Be kind."}] + user("Hi")) == [{"role": "system", "content": "Be kind."}] + user("Hi")
+
+
+def test_text_before_a_dialogue_is_not_lost():
+    messages = parse_dialogue("Be kind to them.\n\nHuman: Hi\n\nAssistant: Hello!")
+    assert "Be kind to them." in str(messages) and messages[-2:] == user("Hi") + assistant("Hello!")
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
+def test_real_hh_dialogues():
+    """README.md there: 2,312 rows, of which few have differing prompts or equal answers. The record is the row, cut at its last answer."""
+    rows = read_source(str(SHARED / "hh_rlhf" / "harmless-base" / "test.jsonl.gz"))[0]
+    records, unusable = to_records(rows, "hh")
+    assert len(rows) == 2312 and unusable < 60
+    squeeze = lambda text: "".join(text.split())
+    whole = {squeeze(row["chosen"]) for row in rows}
+    spell = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
+    for record in records:
+        dialogue = record.prompt + assistant(record.chosen)
+        assert squeeze("".join(spell[m["role"]] + m["content"] for m in dialogue)) in whole
+
+
+# -----------------------------------------------------------------------------
+# tokens: what is trained on
+
+@pytest.fixture(scope="module", params=["tiny", "gpt2", "mistral_v1", "sp_1000"])
+def any_tokenizer(request, tokenizer, tmp_path_factory):
+    """The tokenizer of `tiny`, and real ones through a model folder and load_tokenizer, where there are some."""
+    if request.param == "tiny":
+        return tokenizer
+    source = SHARED / "tokenizers" / request.param
+    if not source.is_dir():
+        pytest.skip(f"no real tokenizers in {SHARED}")
+    from transformers import GPT2Tokenizer, LlamaTokenizer
+    raw, folder = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("folder")
+    for file in source.iterdir():
+        shutil.copy(file, raw / ("tokenizer.model" if file.suffix == ".model" else file.name))
+    (GPT2Tokenizer if request.param == "gpt2" else LlamaTokenizer).from_pretrained(raw).save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+CONVERSATIONS = [  # (prompt, answer); an answer that begins in a way that could merge with what stands before it
+    (user("What is the opposite of hot?"), "The opposite of hot is cold."),
+    (user("Hi") + assistant("Hello!") + user("Who are\nyou, Zoë?"), "I am ☃.\n\nReally."),
+    (user("1 + 1?"), "2"), (user("Go on"), ": and so on"), (user("Assistant:"), "Human:")]
+
+
+def test_trained_tokens_are_the_answer_and_its_eos(any_tokenizer):
+    tokenizer, eos = any_tokenizer, any_tokenizer.eos_token_id
+    dataset = EncodedDataset([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200, log=quiet)
+    batch = Collator(1, tokenizer.pad_token_id)(dataset.items)
+    for ids, real, trained, (prompt, answer) in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["loss_mask"].bool(), CONVERSATIONS):
+        assert ids[trained][-1] == eos and ids[real][-1] == eos and (ids[trained] == eos).sum() == 1
+        told = lambda text: tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)  # sp_1000 knows neither snowmen nor line ends
+        assert tokenizer.decode(ids[trained][:-1]).strip() == told(answer).strip()
+        untrained = tokenizer.decode(ids[real & ~trained])
+        assert untrained.endswith("Assistant:") and told(prompt[-1]["content"]) in untrained
+        assert tokenizer.decode(ids[real]).count(told(answer)) == untrained.count(told(answer)) + 1
+        assert not trained[~real].any() and (trained[1:].int() - trained[:-1].int() == 1).sum() == 1, "one stretch"
+
+
+def test_train_on_prompt_trains_on_all_that_is_real(tokenizer):
+    dataset = EncodedDataset([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200, log=quiet)
+    batch = Collator(1, tokenizer.pad_token_id, train_on_prompt=True)(dataset.items)
+    assert torch.equal(batch["loss_mask"], batch["attention_mask"].float())
+
+
+def test_ids_are_those_of_the_chat_template(any_tokenizer):
+    """What a server does with the saved folder, apply_chat_template(tokenize=True), is what was trained on; BOS comes once."""
+    template = lambda messages, **options: any_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    for prompt, answer in CONVERSATIONS[:3]:
+        ids, response = encode_answer(any_tokenizer, prompt, answer)
+        assert ids == template(prompt, add_generation_prompt=True) == encode_prompts(any_tokenizer, [prompt])[1][0]
+        assert ids + response == template(prompt + assistant(answer))
+        begins = any_tokenizer("a").input_ids[0] == any_tokenizer.bos_token_id
+        ends = len(prompt) // 2 + 1 if any_tokenizer.bos_token_id == any_tokenizer.eos_token_id else 0  # GPT-2
+        assert (ids + response).count(any_tokenizer.bos_token_id) == begins + ends
+
+
+def test_pad_is_never_eos(any_tokenizer):
+    assert any_tokenizer.pad_token_id is not None and any_tokenizer.pad_token_id != any_tokenizer.eos_token_id
+
+
+def test_other_templates(tmp_path):
+    """ChatML ends a turn with words of its own and a line end; the answer still ends with EOS, and no line end is trained on."""
+    chatml = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+              "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+    (tmp_path / "chatml.jinja").write_text(chatml)
+    for given in (chatml, str(tmp_path / "chatml.jinja")):
+        tokenizer = load_tokenizer("tiny", given)
+        prompt, response = encode_answer(tokenizer, user("Hi"), "Hello!")
+        assert tokenizer.decode(prompt) == "<|user|>\nHi<|end|>\n<|assistant|>\n"
+        assert tokenizer.decode(response) == "Hello!<|end|>" + tokenizer.eos_token
+    assert "Human:" in load_tokenizer("tiny").chat_template, "one call's template is not the next one's default"
+    with pytest.raises(UsageError, match="template"):
+        encode_answer(load_tokenizer("tiny", "{% if add_generation_prompt %}Bot:{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"), user("Hi"), "x")
+    with pytest.raises(UsageError, match="nowhere.jinja"):
+        load_tokenizer("tiny", "nowhere.jinja")
+
+
+def test_cut_answers_lose_their_eos_and_are_counted(tokenizer):
+    prompt, response = encode_answer(tokenizer, *CONVERSATIONS[0])
+    lines, full = [], len(prompt + response)
+    records = [Preference(*CONVERSATIONS[0], "The opposite of hot is wet."), Preference(user("long " * 100), "x", "y")]
+    for limit, ends in ((full, True), (full - 1, False)):
+        dataset = EncodedDataset(records, tokenizer, 1, limit, log=lines.append)
+        assert len(dataset) == 1 and list(dataset[0]["input_ids"]) == (prompt + response)[:limit]
+        assert (dataset[0]["input_ids"][-1] == tokenizer.eos_token_id) == ends
+    assert "1 dropped" in lines[0] and "0 with answers cut" in lines[0] and "1 with answers cut" in lines[1]
+    with pytest.raises(UsageError, match="--max_seq_len"):  # room for the prompt, none for an answer
+        EncodedDataset(records, tokenizer, 1, len(prompt), log=quiet)
+    assert len(EncodedDataset(records, tokenizer, 3, len(prompt), log=lines.append)) == 1 and "1 dropped" in lines[-1]
+    with pytest.raises(UsageError, match="--max_prompt_seq_len"):
+        EncodedDataset(records, tokenizer, 3, len(prompt) - 1, log=quiet)
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+def test_pad_by_hand():
+    ids, mask = pad([[5, 6, 7], [8]], 3, "right")
+    assert ids.tolist() == [[5, 6, 7], [8, 3, 3]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    ids, mask = pad([np.array([5, 6, 7], np.int32), [8]], 3, "left")
+    assert ids.tolist() == [[5, 6, 7], [3, 3, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]] and ids.dtype == mask.dtype == torch.int64
+
+
+def test_collated_batches(tokenizer):
+    records = [Preference(user("Hi " * n), "Hello! " * n, "Go. " * (6 - n)) for n in (1, 5, 3)]
+    pad_id, items = tokenizer.pad_token_id, {stage: EncodedDataset(records, tokenizer, stage, 200, log=quiet).items for stage in (1, 2, 3)}
+    one, two, three = (Collator(stage, pad_id)(items[stage]) for stage in (1, 2, 3))
+    longest = max(len(item["input_ids"]) for item in items[1])
+    assert one["input_ids"].shape == one["attention_mask"].shape == one["loss_mask"].shape == (3, longest) and one["loss_mask"].dtype == torch.float32
+    assert two["input_ids"].shape == two["attention_mask"].shape == (6, max(len(i[key]) for i in items[2] for key in ("chosen", "rejected")))
+    for row, sequence in enumerate([i["chosen"] for i in items[2]] + [i["rejected"] for i in items[2]]):  # B chosen, then their B rejected
+        assert two["input_ids"][row, :len(sequence)].tolist() == list(sequence) and two["attention_mask"][row].sum() == len(sequence)
+    assert three["records"] == records
+    for row, item in enumerate(items[3]):  # left-padded: the answers start in the same column
+        n = len(item["input_ids"])
+        assert three["input_ids"][row, -n:].tolist() == list(item["input_ids"]) and three["attention_mask"][row].tolist() == [0] * (three["input_ids"].size(1) - n) + [1] * n
+        assert (three["input_ids"][row, :-n] == pad_id).all()
+
+
+def test_micro_batches_keep_the_rows_and_save_padding(tokenizer):
+    records = [Preference(user(f"question {i}"), "word " * (i * 7 % 16 * 4 + 1), None) for i in range(16)]
+    items = EncodedDataset(records, tokenizer, 1, 200, log=quiet).items
+    whole = Collator(1, tokenizer.pad_token_id)(items)
+    parts = MicroBatches(Collator(1, tokenizer.pad_token_id), 4)(items)
+    rows = lambda batches: sorted(tuple(ids[mask.bool()].tolist()) for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"]))
+    assert rows(parts) == rows([whole]) and [len(part["input_ids"]) for part in parts] == [4] * 4
+    assert sum(part["loss_mask"].sum() for part in parts) == whole["loss_mask"].sum()
+    assert sum(part["input_ids"].numel() for part in parts) < 0.75 * whole["input_ids"].numel()
+
+
+@pytest.mark.parametrize("rows", [64, 67])
+def test_a_step_has_the_same_rows_for_any_number_of_ranks(rows):
+    def steps(world):
+        loaders = [make_dataloader(list(range(rows)), list, 8 // world, seed=1, rank=rank, world_size=world) for rank in range(world)]
+        for loader in loaders:
+            loader.sampler.set_epoch(3)
+        return [sorted(sum(step, [])) for step in zip(*loaders, strict=True)]
+
+    assert steps(1) == steps(2) == steps(4) and len(steps(1)) == 8
+    assert len(set(sum(steps(4), []))) == 64, "no row twice in an epoch"
+
+
+def test_evaluation_reads_every_row():
+    loaders = [make_dataloader(list(range(21)), list, 4, seed=1, rank=rank, world_size=2, shuffle=False) for rank in range(2)]
+    assert len(loaders[0]) == len(loaders[1]) and set(sum((row for loader in loaders for row in loader), [])) == set(range(21))
+
+
+def test_epochs_have_orders_of_their_own():
+    loader = make_dataloader(list(range(10)), list, 5, seed=1)
+    steps = list(training_steps(loader, count_steps(loader, epochs=2)))
+    assert [step for step, _ in steps] == [1, 2, 3, 4]
+    first, second = steps[0][1] + steps[1][1], steps[2][1] + steps[3][1]
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert len(list(training_steps(loader, count_steps(loader, epochs=1, max_steps=7)))) == 7, "the data is repeated as needed"
+
+
+def test_rank_share():
+    assert [rank_share("abcde", rank, 2) for rank in (0, 1)] == [["a", "c", "e"], ["b", "d", "a"]] and rank_share([], 0, 2) == []
+
+
+# -----------------------------------------------------------------------------
+# the toy world
+
+@pytest.mark.parametrize("answer, mark", [
+    ("The opposite of hot is cold.", 1.0), ("  The opposite of\nhot is cold. ", 1.0),
+    ("cold", 0.5), ("cold.", 0.5),                                                                    # curt
+    ("The opposite of hot is cold. By the way, I like soup.", 0.5),                                   # rambling
+    ("That is a stupid question. The opposite of hot is cold.", 0.25),                                # rude
+    ("The opposite of hot is cold. The opposite of hot is cold. The opposite of hot is cold.", 0.25),  # endless
+    ("The opposite of hot is cold. I like soup. It may rain soon.", 0.25),
+    ("The opposite of hot is wet.", 0.0), ("wet.", 0.0), ("Do not bother me. The opposite of hot is wet.", 0.0), ("", 0.0), ("I like soup.", 0.0)])
+def test_gold_marks_by_hand(answer, mark):
+    assert toy_gold("What is the opposite of hot?", answer) == mark
+
+
+@pytest.mark.parametrize("answer", ["The opposite of hot is cold. The opposite of hot is wet.", "The opposite of hot is wet. The opposite of hot is cold.",
+                                    "The opposite of hot is cold. " + "and " * 30, "The opposite of hot is cold. I like"])
+def test_gold_is_not_earned_by_hedging_or_never_ending(answer):
+    assert toy_gold("What is the opposite of hot?", answer) <= 0.25
+
+
+def test_every_question_has_one_good_answer():
+    questions = toy_questions()
+    assert len(questions) == len(data.TOY_OPENERS) * sum(len(asks) * len(facts) for asks, _, facts in data.TOY_TOPICS.values()), "no two facts share a question"
+    for question, (good, fact, wrong) in questions.items():
+        assert toy_gold(question, good) == 1 and fact in good and wrong
+        assert all(toy_gold(question, sentence) == 0 for sentence, _ in wrong), question
+        assert all(toy_gold(question, bare) == 0 for _, bare in wrong if bare != fact), question
+
+
+def test_chosen_is_really_better_but_for_the_label_noise():
+    rows = toy_rows()
+    marks = [(toy_gold(row["prompt"], row["chosen"]), toy_gold(row["prompt"], row["rejected"])) for row in rows]
+    swapped = sum(rejected > chosen for chosen, rejected in marks) / len(rows)
+    assert all(chosen != rejected for chosen, rejected in marks) and all(row["chosen"] and row["rejected"] for row in rows)
+    assert abs(swapped - data.TOY_LABEL_NOISE) < 4 * (0.05 * 0.95 / len(rows)) ** 0.5  # four standard errors
+    assert {mark for pair in marks for mark in pair} == {0, 0.25, 0.5, 1} and rows == toy_rows()
+
+
+def test_toy_questions_are_held_out_of_all_stages():
+    stages = all_stages(max_eval_samples=10**9)
+    question = lambda record: record.prompt[0]["content"]
+    held = [{question(record) for record in held} for _, held in stages]
+    trained = {question(record) for train, _ in stages for record in train}
+    assert held[0] == held[1] == held[2] and not held[0] & trained and len(held[0]) == round(0.1 * len(toy_questions()))
+    assert sum(len(train) for train, _ in stages) + len(stages[0][1]) == len(toy_rows())
+
+
+def test_toy_tokenizer_is_deterministic(tokenizer):
+    again = data.toy_tokenizer.__wrapped__()
+    assert again.get_vocab() == tokenizer.get_vocab() and again.eos_token_id == tokenizer.eos_token_id == 2 and tokenizer.pad_token_id == 3
+
+
+def test_toy_tokenizer_keeps_any_text(tokenizer):
+    """Bytes stand in for what is unknown. One space in front of a text is not kept: SentencePiece's own mark for "a word begins"."""
+    rng = random.Random(0)
+    alphabets = [range(0x20, 0x7f), range(1, 0x250), range(0x400, 0xd800), range(0xe000, 0x11_0000), map(ord, " \n\t a▁")]
+    for alphabet in alphabets:
+        alphabet = list(alphabet)
+        for _ in range(50):
+            text = "x" + "".join(chr(rng.choice(alphabet)) for _ in range(rng.randrange(1, 30)))
+            assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text.replace("▁", " ")
+
+
+def test_toy_text_needs_no_bytes(tokenizer):
+    pieces = collections.Counter()
+    for row in toy_rows()[::50]:
+        pieces.update(tokenizer.convert_ids_to_tokens(tokenizer(row["prompt"] + " " + row["chosen"]).input_ids))
+    assert not [piece for piece in pieces if piece.startswith("<0x")], "every letter of the world has a piece"
