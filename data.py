@@ -302,20 +302,20 @@ def read_source(source):
 # -----------------------------------------------------------------------------
 # hold out, split, blend
 
-def prompt_key(record):
-    return json.dumps(record.prompt, sort_keys=True)
+def questions(record):
+    """All that the user said in a record's prompt; the last one is what is answered."""
+    return [message["content"] for message in record.prompt if message["role"] == "user"]
 
 
 def hold_out(records, seed, share=0.1):
     """
-    (training, held-out) records for a source without a test split. Whole prompts are held out, not rows: no prompt of
-    the second list
-    occurs in the first. Which ones depends on the prompt's text and the seed alone, so it is the same on every rank
-    and host.
+    (training, held-out) records for a source without a test split. Questions are held out, not rows: no question that
+    a held-out record ends with occurs in a training record, be it earlier in the dialogue. Which ones depends on their
+    text and the seed alone, so it is the same on every rank and host.
     """
-    order = sorted({prompt_key(r) for r in records}, key=lambda k: (zlib.crc32(f"{seed} {k}".encode()), k))
+    order = sorted({questions(r)[-1] for r in records}, key=lambda q: (zlib.crc32(f"{seed} {q}".encode()), q))
     held = set(order[:max(1, round(share * len(order)))])
-    return [r for r in records if prompt_key(r) not in held], [r for r in records if prompt_key(r) in held]
+    return [r for r in records if held.isdisjoint(questions(r))], [r for r in records if questions(r)[-1] in held]
 
 
 def split_indices(n, data_split, stage, seed):
@@ -341,8 +341,7 @@ def split_indices(n, data_split, stage, seed):
 def load_records(config, stage, log=print):
     """
     (training, held-out) lists of Preference for a stage: 1 SFT, 2 reward model, 3 PPO. The held-out rows are the same
-    in all stages,
-    which none of them trains on (DeepSpeed-Chat deals those out too, for no reason we could find).
+    in all stages, and none of them trains on these (DeepSpeed-Chat deals those out too, for no reason we could find).
 
     raises UsageError for a source that is missing, malformed, empty or without the columns the stage needs
     """
@@ -350,14 +349,14 @@ def load_records(config, stage, log=print):
     if len(weights) != len(config.data_path) or min(weights) < 0:
         raise UsageError(f"--data_weights has {len(weights)} entries for {len(config.data_path)} sources; one number >= 0 a source is needed.")
     usable = {1: lambda r: bool(r.chosen), 2: lambda r: r.rejected is not None, 3: lambda r: True}[stage]
-    train, held, held_prompts = [], [], set()
+    train, held, held_questions = [], [], set()
     for source, weight in zip(config.data_path, weights):
         rows, test_rows = read_source(source)
         if not rows:
             raise UsageError(f"{source} is empty: it holds no rows to train on.")
         records, _ = to_records(rows, source)
         able = sum(map(usable, records))
-        if len({prompt_key(r) for r in records if usable(r)}) < 2:
+        if len({questions(r)[-1] for r in records if usable(r)}) < 2:
             needs = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}[stage]
             raise UsageError(f"{source}: {able} of {len(rows)} rows have {needs}, which this stage needs; "
                             "two different prompts at least are needed, since one in ten is held out.")
@@ -370,12 +369,12 @@ def load_records(config, stage, log=print):
         copies = int(weight) * mine + mine[:round((weight - int(weight)) * len(mine))]
         train += copies
         held += filter(usable, test)
-        held_prompts |= set(map(prompt_key, test))
+        held_questions |= {questions(r)[-1] for r in test}
         log(f"data: {source}: {len(rows)} rows, {len(rows) - able} without a usable example, {len(test)} held out, {len(copies)} for stage {stage}")
-    overlap = [r for r in train if prompt_key(r) in held_prompts]
-    if overlap:  # two sources, or a train and a test file, that share prompts
-        train = [r for r in train if prompt_key(r) not in held_prompts]
-        log(f"data: {len(overlap)} rows left out, whose prompts another source holds out")
+    overlap = [r for r in train if not held_questions.isdisjoint(questions(r))]
+    if overlap:  # two sources, or a train and a test file, that share questions
+        train = [r for r in train if held_questions.isdisjoint(questions(r))]
+        log(f"data: {len(overlap)} rows left out, whose questions another source holds out")
     if not train:
         raise UsageError(f"--data_split {config.data_split} leaves no rows for stage {stage} of {', '.join(config.data_path)}.")
     np.random.RandomState(config.seed).shuffle(train)
@@ -670,6 +669,7 @@ TOY_RAMBLE = ["By the way, I like soup.", "It may rain soon.", "My shoes are new
 TOY_STYLES = {  # how the web answers
     "good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.15, "endless": 0.1, "unfinished": 0.05}
 TOY_WRONG, TOY_LABEL_NOISE = 0.4, 0.05  # share of answers with a wrong fact; share of pairs whose labels are swapped
+TOY_SECOND_TURNS = 0.15  # share of prompts in which another question was asked and answered before
 TOY_PAIRS_PER_QUESTION = 32
 TOY_VOCAB = 1000
 
@@ -719,14 +719,19 @@ def toy_rows():
         return {"good": sentence, "curt": fact if fact[-1] in ".!?" else fact + ".", "rude": f"{rng.choice(TOY_RUDE)} {sentence}",
                 "rambling": f"{sentence} {rng.choice(TOY_RAMBLE)}", "endless": " ".join(3 * [sentence]), "unfinished": " ".join(words[:rng.randrange(1, len(words))])}[style]
 
-    for question, world in toy_questions().items():
+    worlds = list(toy_questions().items())
+    for question, world in worlds:
         for _ in range(TOY_PAIRS_PER_QUESTION):
             marks = [0, 0]
             while marks[0] == marks[1]:
                 answers = [answer(*world), answer(*world)]
                 marks = [toy_gold(question, a) for a in answers]
             better = (marks[1] > marks[0]) != (rng.random() < TOY_LABEL_NOISE)
-            rows.append({"prompt": question, "chosen": answers[better], "rejected": answers[not better]})
+            prompt = [{"role": "user", "content": question}]
+            if rng.random() < TOY_SECOND_TURNS:
+                earlier, (good, _, _) = rng.choice(worlds)
+                prompt = [{"role": "user", "content": earlier}, {"role": "assistant", "content": good}] + prompt
+            rows.append({"prompt": prompt, "chosen": answers[better], "rejected": answers[not better]})
     return rows
 
 
@@ -743,7 +748,7 @@ def toy_tokenizer():
     every host makes its own and needs no shared file. Bytes stand in for what the world does not contain.
     """
     import sentencepiece
-    text = [f"{HUMAN} {row['prompt']}{ASSISTANT} {row[key]}" for row in toy_rows() for key in ("chosen", "rejected")]
+    text = [f"{HUMAN} {row['prompt'][-1]['content']}{ASSISTANT} {row[key]}" for row in toy_rows() for key in ("chosen", "rejected")]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_writer=model, vocab_size=TOY_VOCAB, hard_vocab_limit=False, model_type="bpe",

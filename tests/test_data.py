@@ -466,7 +466,7 @@ def test_every_question_has_one_good_answer():
 
 def test_chosen_is_really_better_but_for_the_label_noise():
     rows = toy_rows()
-    marks = [(toy_gold(row["prompt"], row["chosen"]), toy_gold(row["prompt"], row["rejected"])) for row in rows]
+    marks = [(toy_gold(row["prompt"][-1]["content"], row["chosen"]), toy_gold(row["prompt"][-1]["content"], row["rejected"])) for row in rows]
     swapped = sum(rejected > chosen for chosen, rejected in marks) / len(rows)
     assert all(chosen != rejected for chosen, rejected in marks) and all(row["chosen"] and row["rejected"] for row in rows)
     assert abs(swapped - data.TOY_LABEL_NOISE) < 4 * (0.05 * 0.95 / len(rows)) ** 0.5  # four standard errors
