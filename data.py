@@ -641,11 +641,13 @@ TOY_TOPICS = {
         "A {x} says {y}.",
         "dog=woof cat=meow cow=moo duck=quack sheep=baa pig=oink lion=roar mouse=squeak bee=buzz snake=hiss".split()),
     "next": (
-        ["Which number comes after {x}?", "What comes after {x}?", "Count on from {x}."],
+        ["Which number comes after {x}?", "What comes after {x}?", "Count on from {x}.", "Tell me the number after {x}.",
+         "Which number follows {x}?"],
         "After {x} comes {y}.",
         [f"{x}={y}" for x, y in itertools.pairwise("zero one two three four five six seven eight nine ten".split())]),
     "sum": (
-        ["What is {x}?", "How much is {x}?", "Please add {x}."],
+        ["What is {x}?", "How much is {x}?", "Please add {x}.", "Tell me what {x} is.", "What do you get for {x}?",
+         "Can you add {x}?"],
         "{x} is {y}.",
         [f"{a} + {b}={a + b}" for a in range(1, 4) for b in range(1, 4)]),
     "spelling": (
@@ -653,7 +655,7 @@ TOY_TOPICS = {
         "You spell {x} like this: {y}.",
         [f"{x}={' '.join(x)}" for x in "hat cup bed pen box egg map bus key van".split()]),
     "day": (
-        ["Which day comes after {x}?", "Tell me the day after {x}.", "What day follows {x}?"],
+        ["Which day comes after {x}?", "Tell me the day after {x}.", "What day follows {x}?", "Can you tell me the day after {x}?"],
         "{y} comes after {x}.",
         [f"{x}={y}" for x, y in itertools.pairwise(
             "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday".split())]),
