@@ -104,6 +104,7 @@ def test_stages_stay_apart_where_only_some_rows_are_pairs(tmp_path):
     trained = [{record.chosen for record in train} for train, _ in stages]
     held = set.union(*({record.chosen for record in held} for _, held in stages))
     assert all(not a & b for a, b in itertools.combinations(trained, 2)) and not held & set.union(*trained)
+    assert all(record.rejected is not None for part in stages[1] for record in part) and len(stages[1][0]) in range(20, 60)
 
 
 def test_a_prompt_held_out_of_one_source_is_trained_on_in_none(tmp_path):
