@@ -83,6 +83,14 @@ def test_whole_prompts_are_held_out():
     assert prompts(hold_out(records, seed=1)[1]) != prompts(held)
 
 
+def test_a_question_is_held_out_of_earlier_turns_too():
+    """Half of the dialogues asked another question before: none of those that are trained on may have asked a held-out one."""
+    records = [Preference((user(f"q{i * 7 % 50}") + assistant("x") if i % 2 else []) + user(f"q{i % 50}"), "x", None) for i in range(200)]
+    train, held = hold_out(records, seed=0)
+    asked = {record.prompt[-1]["content"] for record in held}
+    assert len(asked) == 5 and asked.isdisjoint(message["content"] for record in train for message in record.prompt) and len(train) > 150
+
+
 def all_stages(**flags):
     return [load_records(DataConfig(**flags), stage, log=quiet) for stage in (1, 2, 3)]
 
@@ -104,6 +112,7 @@ def test_stages_stay_apart_where_only_some_rows_are_pairs(tmp_path):
     trained = [{record.chosen for record in train} for train, _ in stages]
     held = set.union(*({record.chosen for record in held} for _, held in stages))
     assert all(not a & b for a, b in itertools.combinations(trained, 2)) and not held & set.union(*trained)
+    assert all(record.rejected is not None for part in stages[1] for record in part) and len(stages[1][0]) in range(20, 60)
 
 
 def test_a_prompt_held_out_of_one_source_is_trained_on_in_none(tmp_path):
@@ -474,13 +483,13 @@ def test_chosen_is_really_better_but_for_the_label_noise():
 
 
 def test_toy_questions_are_held_out_of_all_stages():
-    """Neither as the question to answer nor earlier in a dialogue."""
+    """What a held-out record asks stands in no trained record, be it as an earlier turn; rows where it does are few."""
     stages = all_stages(max_eval_samples=10**9)
-    held = [{data.questions(record)[-1] for record in held} for _, held in stages]
-    trained = {question for train, _ in stages for record in train for question in data.questions(record)}
+    held = [{record.prompt[-1]["content"] for record in held} for _, held in stages]
+    trained = {message["content"] for train, _ in stages for record in train for message in record.prompt}
     assert held[0] == held[1] == held[2] and not held[0] & trained and len(held[0]) == round(0.1 * len(toy_questions()))
-    left_out = len(toy_rows()) - sum(len(train) for train, _ in stages) - len(stages[0][1])
-    assert 0 <= left_out < 1.3 * 0.9 * 0.1 * data.TOY_SECOND_TURNS * len(toy_rows())  # only the earlier question is held out
+    rows, used = len(toy_rows()), sum(len(train) for train, _ in stages) + len(stages[0][1])
+    assert 0.97 * rows < used <= rows
 
 
 def test_toy_tokenizer_is_deterministic(tokenizer):
@@ -502,5 +511,6 @@ def test_toy_tokenizer_keeps_any_text(tokenizer):
 def test_toy_text_needs_no_bytes(tokenizer):
     pieces = collections.Counter()
     for row in toy_rows()[::50]:
-        pieces.update(tokenizer.convert_ids_to_tokens(tokenizer(row["prompt"][-1]["content"] + " " + row["chosen"]).input_ids))
+        text = " ".join([message["content"] for message in row["prompt"]] + [row["chosen"]])
+        pieces.update(tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids))
     assert not [piece for piece in pieces if piece.startswith("<0x")], "every letter of the world has a piece"

@@ -108,7 +108,7 @@ for name, (script, *flags) in json.load(open("commands.json")).items():
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(json.dumps({name: [code, time.time() - started, open("out").read()]}), flush=True)
+    print(json.dumps({name: [code, time.time() - started, open("out", errors="replace").read()]}), flush=True)
 """
 
 

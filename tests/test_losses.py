@@ -188,6 +188,13 @@ def test_whitened_advantages():
     torch.testing.assert_close(whiten(values[mask.bool()][None].flip(1), torch.ones(1, int(mask.sum()))).flip(1)[0], whitened[mask.bool()])
 
 
+def test_whitening_keeps_its_digits_far_from_zero():
+    """Mean 1000, deviation 1: in float32 the mean of the squares less the square of the mean would keep one digit of it."""
+    values, mask = 1000 + torch.randn(64, 41, generator=torch.Generator().manual_seed(0)), torch.ones(64, 41)
+    exact = (values.double() - values.double().mean()) / values.double().std(correction=0)
+    torch.testing.assert_close(whiten(values, mask).double(), exact, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, 3.3, 77.77, 1234.567, 1e5 / 3])
 def test_whitening_what_does_not_vary(value):
     """The variance is 0 but for rounding, which must not make its root complex, infinite or NaN: sums of squares need float64."""
