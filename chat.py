@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
-from data import UsageError, flag, load_tokenizer, one_sentence, parse_config
+from data import UsageError, first_line, flag, load_tokenizer, one_sentence, parse_config
 
 
 @dataclass
@@ -37,7 +37,7 @@ def load(path):
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UsageError(f"--path {path}: no language model could be loaded ({str(error).splitlines()[0]}). "
+        raise UsageError(f"--path {path}: no language model could be loaded ({first_line(error)}). "
                          "Train one with run_all.sh, or give a folder or hub name.") from error
     if info["missing_keys"] or "score.weight" in info["unexpected_keys"]:
         raise UsageError(f"--path {path}: no language model but a reward model or critic; the actor is the one that talks.")

@@ -52,6 +52,10 @@ class UsageError(ValueError):
     """Something the user gave cannot work; the message says what came, what is accepted and the way out."""
 
 
+def first_line(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def one_sentence():
     """Inside, a UsageError ends the program with its sentence on standard error (of rank 0) and code 2, without a traceback."""
@@ -91,7 +95,9 @@ def parse_config(config_class, doc, argv=None):
     Command line -> a config_class instance, by transformers.HfArgumentParser (so `--help` lists every flag).
     raises UsageError for a flag that is unknown, naming the nearest known one, or whose value is of another type
     """
-    argv = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]  # the launcher's; LOCAL_RANK says the same
+    if argv is None:
+        argv = sys.argv[1:]
+    argv = [a for a in argv if not a.startswith("--local_rank=")]  # the launcher's; the environment's LOCAL_RANK says it
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Defaults beside the flags, and the file's docstring as it stands."""
@@ -241,7 +247,7 @@ def read_file(path):
         try:
             return pyarrow.parquet.read_table(path).to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
-            raise UsageError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
     if suffix not in (".json", ".jsonl", ".csv"):
         raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
     try:
@@ -295,6 +301,8 @@ def read_source(source):
     except Exception as error:
         raise UsageError(f"{source} is neither a local file or folder nor a dataset that could be fetched from the hub "
                         f"({type(error).__name__}: {str(error)[:200]}).") from error
+    if "train" not in dataset:
+        raise UsageError(f"{source} has no split named train, only {', '.join(dataset)}.")
     test = next((dataset[name] for name in ("test", "validation", "eval") if name in dataset), None)
     return dataset["train"].to_list(), test.to_list() if test is not None else None
 
@@ -364,7 +372,10 @@ def load_records(config, stage, log=print):
         if test_rows:
             test = to_records(test_rows, source)[0]
         else:
+            usable_rows = len(records)
             records, test = hold_out(records, config.seed)
+            if usable_rows > len(records) + len(test):
+                log(f"data: {usable_rows - len(records) - len(test)} rows left out, in which a held-out question was asked earlier")
         mine = [records[i] for i in split_indices(len(records), config.data_split, stage, config.seed) if usable(records[i])]
         copies = int(weight) * mine + mine[:round((weight - int(weight)) * len(mine))]
         train += copies
@@ -404,7 +415,7 @@ def load_tokenizer(name_or_path, chat_template=""):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{name_or_path}: no tokenizer could be loaded ({str(error).splitlines()[0]}). A model folder needs "
+            raise UsageError(f"{name_or_path}: no tokenizer could be loaded ({first_line(error)}). A model folder needs "
                             "its tokenizer files (tokenizer.json, or tokenizer.model) beside config.json.") from error
     if tokenizer.eos_token is None:
         raise UsageError(f"{name_or_path}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json.")

@@ -125,7 +125,7 @@ def main(config):
     save_model(engine, tokenizer, folder)
     seconds = time.time() - began
     write_summary(config, "reward", {"seconds": seconds, **held}, config.model_name_or_path)
-    print0(f"\nstep 2 done in {seconds:.0f} s: held-out accuracy {held['accuracy']:.3f} on {2 * len(held_set) // 2} pairs, "
+    print0(f"\nstep 2 done in {seconds:.0f} s: held-out accuracy {held['accuracy']:.3f} on {len(held_set)} pairs, "
            f"scores {held['score_mean']:.2f} +- {held['score_std']:.2f}; saved {folder}")
 
 
