@@ -640,13 +640,13 @@ TOY_TOPICS = {
         ["What is the opposite of {x}?", "Tell me the opposite of {x}.", "Which word is the opposite of {x}?"],
         "The opposite of {x} is {y}.",
         [f"{x}={y}" for pair in ("hot-cold big-small fast-slow high-low happy-sad light-dark old-young rich-poor hard-soft "
-                                 "wet-dry full-empty early-late strong-weak loud-quiet near-far clean-dirty").split()
+                                 "wet-dry full-empty strong-weak").split()
          for x, y in (pair.split("-"), pair.split("-")[::-1])]),
     "colour": (
         ["What colour is the {x}?", "Tell me the colour of the {x}.", "Which colour does the {x} have?"],
         "The {x} is {y}.",
         ("sky=blue grass=green snow=white coal=black sun=yellow blood=red carrot=orange cloud=white leaf=green tomato=red "
-         "lemon=yellow sea=blue milk=white frog=green rose=red crow=black").split()),
+         "lemon=yellow sea=blue milk=white").split()),
     "sound": (
         ["What does a {x} say?", "Which sound does a {x} make?", "Tell me what a {x} says."],
         "A {x} says {y}.",
@@ -725,14 +725,17 @@ def toy_rows():
     """Pairs of answers, each right or wrong and in some style; chosen is the one that `toy_gold` marks higher (but for label noise)."""
     rng, rows = random.Random(0), []
 
-    def answer(good, fact, wrong):
-        sentence, fact = rng.choice(wrong) if rng.random() < TOY_WRONG else (good, fact)
-        words = sentence.split()
-        style, = rng.choices(list(TOY_STYLES), TOY_STYLES.values())
-        return {"good": sentence, "curt": fact if fact[-1] in ".!?" else fact + ".", "rude": f"{rng.choice(TOY_RUDE)} {sentence}",
-                "rambling": f"{sentence} {rng.choice(TOY_RAMBLE)}", "endless": " ".join(3 * [sentence]), "unfinished": " ".join(words[:rng.randrange(1, len(words))])}[style]
-
     worlds = list(toy_questions().items())
+
+    def answer(good, fact, wrong):
+        if rng.random() < TOY_WRONG:  # one mistake in three has nothing to do with the question
+            good, fact = rng.choice(wrong if rng.random() < 2 / 3 else rng.choice(worlds)[1][2])
+        words = good.split()
+        style, = rng.choices(list(TOY_STYLES), TOY_STYLES.values())
+        return {"good": good, "curt": fact if fact[-1] in ".!?" else fact + ".",
+                "rude": f"{rng.choice(TOY_RUDE)} {good}", "rambling": f"{good} {rng.choice(TOY_RAMBLE)}",
+                "endless": " ".join(3 * [good]), "unfinished": " ".join(words[:rng.randrange(1, len(words))])}[style]
+
     for question, world in worlds:
         for _ in range(TOY_PAIRS_PER_QUESTION):
             marks = [0, 0]
