@@ -1,14 +1,11 @@
 """
-A conversation with a trained model, in the terminal:
+A conversation with a trained model, in the terminal; /reset starts over, /quit or the end of input leaves:
 
-    python chat.py --path output/actor                                             # /reset starts over, /quit or end
-                                                                                   of input leaves
-    python chat.py --path output/actor --prompt "What is the opposite of hot?"     # one answer on standard output,
-                                                                                   for scripts
+    python chat.py --path output/actor
+    python chat.py --path output/actor --prompt "What is the opposite of hot?"     # one answer, for scripts
 
 The folder is a plain Hugging Face one: its chat template formats the conversation as it was trained on, transformers
-generates.
-When a conversation outgrows the model's positions, the oldest exchanges are forgotten, and that is said.
+generates. When a conversation outgrows the model's positions, the oldest exchanges are forgotten, and that is said.
 """
 
 import sys

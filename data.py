@@ -3,18 +3,17 @@ Data: from files people have to the batches the three stages train on.
 
 Everything becomes one record first, then token ids, then a batch:
 
-    Preference(prompt, chosen, rejected)      text: what was asked, the better answer, the worse one (or None)
-    encode_answer -> prompt ids, answer ids   through the tokenizer's chat template; the answer ends with EOS
-    collate_*     -> a dict of tensors        padded to the longest row of the batch, never to --max_seq_len
+    Preference(prompt, chosen, rejected)    text: what was asked, the better answer, the worse one (or None)
+    encode_answers -> prompt ids, answer ids    through the tokenizer's chat template; an answer ends with EOS
+    Collator -> a dict of tensors           padded to the longest row of the batch, never to --max_seq_len
 
 Which tokens are trained on is known by construction (the answer starts where the prompt ends) and never searched for.
 
 Sources (`--data_path`, one or more): `toy` (the built-in task, last section), a local .json, .jsonl, .csv or .parquet
-file
-(.gz too), a folder with train and test files, or a dataset's hub name. Its columns decide how a row is read
-(`FORMS`); to add a
-form, write one small function and put it in that list. `--data_split 2,4,4` deals each source's rows to the three
-stages as DeepSpeed-Chat does, so no stage trains on another's rows; one prompt in ten is held out from all three.
+file (.gz too), a folder with train and test files, or a dataset's hub name. Its columns decide how a row is read
+(`FORMS`); to add a form, write one small function and put it in that list. `--data_split 2,4,4` deals each source's rows
+to the three stages as DeepSpeed-Chat does, so no stage trains on another's rows; one question in ten is held out from
+all three.
 
     python data.py --data_path toy                      # one example a stage, the trained tokens marked
     python data.py --data_path my.jsonl --model_name_or_path facebook/opt-1.3b

@@ -1,23 +1,20 @@
 """
 Step 1: supervised fine-tuning (SFT). The model learns to answer as the demonstrations do.
 
-    loss(theta) = - sum_t m_t log p_theta(x_t | x_<t) / sum_t m_t        (Ouyang et al. 2022, section 3.5)
+    loss(theta) = - sum_t m_t log p_theta(x_t | x_<t) / sum_t m_t                Ouyang et al. 2022, section 3.5
 
 over the tokens of prompt and answer, m_t = 1 on the answer's tokens, its EOS included, and 0 on the prompt and on
-padding.
-The sums run over the whole batch of all micro-batches and processes: a token counts the same wherever it stands.
+padding. The sums run over the whole batch of all micro-batches and processes: a token counts the same wherever it is.
 
-    python step1_sft.py --model_name_or_path tiny --max_steps 100              # a laptop's CPU, under a minute
-    deepspeed step1_sft.py --model_name_or_path facebook/opt-1.3b --data_path Dahoas/rm-static      # one GPU
+    python step1_sft.py --model_name_or_path tiny --max_steps 100                # a laptop's CPU, under a minute
+    deepspeed step1_sft.py --model_name_or_path facebook/opt-1.3b --data_path Dahoas/rm-static         # one GPU
     deepspeed --num_gpus 8 step1_sft.py --deepspeed_config configs/1node.json --model_name_or_path facebook/opt-13b
-    ...
 
 Reads   --data_path: prompts with answers (`chosen` of a pair)
 Writes  output/sft: a Hugging Face folder and metrics.jsonl; its numbers in output/summary.json
 
-Unlike DeepSpeed-Chat's step 1: the prompt is not trained on unless --train_on_prompt says so; perplexity is per
-trained token;
-batches are as long as their longest row; answers that were cut do not teach the model to stop.
+Unlike DeepSpeed-Chat's step 1: the prompt is not trained on unless --train_on_prompt says so; perplexity is per trained
+token; batches are as long as their longest row; answers that were cut do not teach the model to stop.
 """
 
 import functools

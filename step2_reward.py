@@ -1,29 +1,23 @@
 """
 Step 2: the reward model. It learns to give the answer that people prefer the higher score.
 
-    loss(theta) = - log sigmoid(r_theta(x, y_chosen) - r_theta(x, y_rejected))       (Ouyang et al. 2022, eq. 1;
-                                                                                     Bradley & Terry 1952)
+    loss(theta) = - log sigmoid( r_theta(x, y_chosen) - r_theta(x, y_rejected) )
+                                                               Ouyang et al. 2022, eq. 1; Bradley & Terry 1952
 
-r is read at one place, the last token of the answer (its EOS), which is the place PPO reads it; the mean runs over
-the pairs of the
-whole batch. Scores have no natural zero or unit, so those of the held-out answers are measured at the end, and their
-mean and standard
-deviation go into config.json (`score_mean`, `score_std`), by which PPO normalises.
+r is read at one place, the last token of the answer (its EOS), which is the place PPO reads it; the mean runs over the
+pairs of the whole batch. Scores have no natural zero or unit, so those of the held-out answers are measured at the end,
+and their mean and standard deviation go into config.json (`score_mean`, `score_std`), by which PPO normalises.
 
     python step2_reward.py --model_name_or_path output/sft --max_steps 100         # a laptop's CPU, under a minute
-    deepspeed step2_reward.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static   # one GPU
-    deepspeed --num_gpus 8 step2_reward.py --deepspeed_config configs/1node.json --model_name_or_path
-    facebook/opt-350m ...
+    deepspeed step2_reward.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static      # one GPU
+    deepspeed --num_gpus 8 step2_reward.py --deepspeed_config configs/1node.json --model_name_or_path facebook/opt-350m
 
-Reads   --data_path: prompts with a chosen and a rejected answer; a language model (a new head is added) or a reward
-        model
-Writes  output/reward: AutoModelForSequenceClassification with one label, and metrics.jsonl; its numbers in
-        output/summary.json
+Reads   --data_path: prompts with a chosen and a rejected answer; a language model (it gets a new head) or reward model
+Writes  output/reward: AutoModelForSequenceClassification with one label; metrics.jsonl; numbers in output/summary.json
 
-Unlike DeepSpeed-Chat's step 2: no loss on the positions between the first difference and the end of the padding
-(there a longer
-answer changes the loss by its length alone), answers end with the tokenizer's EOS id, and the score is saved where
-Hugging Face looks for it.
+Unlike DeepSpeed-Chat's step 2: no loss on the positions between the first difference and the end of the padding (there
+a longer answer changes the loss by its length alone), answers end with the tokenizer's EOS id, and the score is saved
+where Hugging Face looks for it.
 """
 
 import time

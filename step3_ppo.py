@@ -1,36 +1,30 @@
 """
 Step 3: reinforcement learning from human feedback with PPO. The actor answers prompts; the reward model scores the
-answers; the
-actor moves towards what scores well, and a KL penalty keeps it near the model it came from.
+answers; the actor moves towards what scores well, and a KL penalty keeps it near the model it came from.
 
-    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]                       (Ouyang et al. 2022, eq. 2, without the ptx
-                                                                         term)
+    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]                   Ouyang et al. 2022, eq. 2, without the ptx term
 
-    reward of token t     R_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t is the last] r(x, y)
-    advantage             A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = R_t + gamma V_{t+1} - V_t   (Schulman et
-                          al. 2016, eq. 16)
-    actor loss            - min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t ),  rho_t = pi / pi_old   (Schulman et
-                          al. 2017, eq. 7)
-    critic loss           1/2 max( (V - G)^2, (clip(V, V_old +- eps_v) - G)^2 ),  G_t = A_t + V_old,t
+    reward of token t   R_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t is the last] r(x, y)
+    advantage           A_t = sum_k (gamma lam)^k delta_{t+k}                          Schulman et al. 2016, eq. 16
+                        delta_t = R_t + gamma V_{t+1} - V_t
+    actor loss          - min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t )          Schulman et al. 2017, eq. 7
+                        rho_t = pi(y_t) / pi_old(y_t)
+    critic loss         1/2 max( (V_t - G_t)^2, (clip(V_t, V_old,t +- eps_v) - G_t)^2 ),  G_t = A_t + V_old,t
 
 Every sum runs over the response's tokens, its EOS included (so the model learns when to stop) and nothing after it.
 Which tokens those are is known from the response's length, never found by comparing ids with PAD or EOS.
 
-    python step3_ppo.py --max_steps 10                                            # after steps 1 and 2, a CPU minute
-    deepspeed step3_ppo.py --actor_model_name_or_path output/sft --critic_model_name_or_path output/reward --data_path
-    Dahoas/rm-static
-    deepspeed --num_gpus 8 step3_ppo.py --deepspeed_config configs/1node.json ...
+    python step3_ppo.py --max_steps 10                               # after steps 1 and 2; a CPU minute
+    deepspeed step3_ppo.py --data_path Dahoas/rm-static              # one GPU; reads output/sft and output/reward
+    deepspeed --num_gpus 8 step3_ppo.py --deepspeed_config configs/1node.json --data_path Dahoas/rm-static
 
-Reads   prompts of --data_path; the SFT model (actor and reference); the reward model (also the critic's first
-        weights)
-Writes  output/actor and output/critic, Hugging Face folders, output/actor_ema with --enable_ema; metrics.jsonl;
-        output/summary.json
+Reads   prompts of --data_path; the SFT model (actor and reference); the reward model (also the critic's first weights)
+Writes  output/actor and output/critic, Hugging Face folders; output/actor_ema with --enable_ema; metrics.jsonl;
+        its numbers in output/summary.json
 
-Unlike DeepSpeed-Chat's step 3: rollouts are sampled, not greedy; EOS is trained; dropout is off, so the first ratio
-is exactly 1; advantages
-are whitened over all ranks; losses are normalised by the global token count; scores are normalised by the reward
-model's own mean and
-standard deviation before they are clipped to +-5.
+Unlike DeepSpeed-Chat's step 3: rollouts are sampled, not greedy; EOS is trained; dropout is off, so the first ratio is
+exactly 1; advantages are whitened over all ranks; losses are normalised by the global token count; scores are
+normalised by the reward model's own mean and standard deviation before they are clipped to +-5.
 """
 
 import time
