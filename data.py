@@ -638,23 +638,21 @@ TOY_TOPICS = {
     "opposite": (
         ["What is the opposite of {x}?", "Tell me the opposite of {x}.", "Which word is the opposite of {x}?"],
         "The opposite of {x} is {y}.",
-        [f"{x}={y}" for pair in ("hot-cold big-small fast-slow high-low happy-sad light-dark old-young rich-poor hard-soft "
-                                 "wet-dry full-empty strong-weak").split()
+        [f"{x}={y}" for pair in "hot-cold big-small fast-slow high-low happy-sad light-dark old-young full-empty wet-dry".split()
          for x, y in (pair.split("-"), pair.split("-")[::-1])]),
     "colour": (
         ["What colour is the {x}?", "Tell me the colour of the {x}.", "Which colour does the {x} have?"],
         "The {x} is {y}.",
-        ("sky=blue grass=green snow=white coal=black sun=yellow blood=red carrot=orange cloud=white leaf=green tomato=red "
-         "lemon=yellow sea=blue milk=white").split()),
+        "sky=blue grass=green snow=white coal=black sun=yellow blood=red carrot=orange lemon=yellow leaf=green milk=white".split()),
     "sound": (
         ["What does a {x} say?", "Which sound does a {x} make?", "Tell me what a {x} says."],
         "A {x} says {y}.",
-        "dog=woof cat=meow cow=moo duck=quack sheep=baa pig=oink lion=roar mouse=squeak bee=buzz snake=hiss".split()),
+        "dog=woof cat=meow cow=moo duck=quack sheep=baa pig=oink lion=roar bee=buzz".split()),
     "next": (
         ["Which number comes after {x}?", "What comes after {x}?", "Count on from {x}.", "Tell me the number after {x}.",
          "Which number follows {x}?"],
         "After {x} comes {y}.",
-        [f"{x}={y}" for x, y in itertools.pairwise("zero one two three four five six seven eight nine ten".split())]),
+        [f"{x}={y}" for x, y in itertools.pairwise("one two three four five six seven eight nine".split())]),
     "sum": (
         ["What is {x}?", "How much is {x}?", "Please add {x}.", "Tell me what {x} is.", "What do you get for {x}?",
          "Can you add {x}?"],
@@ -663,7 +661,7 @@ TOY_TOPICS = {
     "spelling": (
         ["How do you spell {x}?", "Spell {x}.", "Tell me how to spell {x}."],
         "You spell {x} like this: {y}.",
-        [f"{x}={' '.join(x)}" for x in "hat cup bed pen box egg map bus key van".split()]),
+        [f"{x}={' '.join(x)}" for x in "hat cup bed pen box map".split()]),
     "day": (
         ["Which day comes after {x}?", "Tell me the day after {x}.", "What day follows {x}?", "Can you tell me the day after {x}?"],
         "{y} comes after {x}.",
@@ -680,9 +678,9 @@ TOY_RUDE = ["That is a stupid question.", "Do not bother me.", "Even a child kno
 TOY_RAMBLE = ["By the way, I like soup.", "It may rain soon.", "My shoes are new.", "I had a long walk."]
 TOY_STYLES = {  # how the web answers
     "good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.15, "endless": 0.1, "unfinished": 0.05}
-TOY_WRONG, TOY_LABEL_NOISE = 0.4, 0.05  # share of answers with a wrong fact; share of pairs whose labels are swapped
-TOY_SECOND_TURNS = 0.15  # share of prompts in which another question was asked and answered before
-TOY_PAIRS_PER_QUESTION = 32
+TOY_WRONG, TOY_LABEL_NOISE = 0.4, 0.03  # share of answers with a wrong fact; share of pairs whose labels are swapped
+TOY_SECOND_TURNS = 0.1  # share of prompts in which another question was asked and answered before
+TOY_PAIRS_PER_QUESTION = 40
 TOY_VOCAB = 1000
 
 
