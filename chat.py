@@ -67,8 +67,9 @@ def main(config):
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     config.max_new_tokens = min(config.max_new_tokens, positions // 2)
     ends = model.generation_config.eos_token_id  # a list where several tokens end an answer
-    sampling = {"do_sample": False} if config.temperature == 0 else {
-        "do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    sampling = {"do_sample": False}
+    if config.temperature != 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     settings = GenerationConfig(max_new_tokens=config.max_new_tokens, eos_token_id=ends or tokenizer.eos_token_id,
                                 pad_token_id=tokenizer.pad_token_id, **sampling)
 

@@ -197,9 +197,8 @@ def from_webgpt(row):
 
 def from_shp(row):
     """stanfordnlp/SHP: labels is 1 where answer A was preferred."""
-    answers = (row["human_ref_A"], row["human_ref_B"])
-    return Preference(as_prompt(row["history"]),
-                      *(a.strip() for a in (answers if int(row["labels"]) == 1 else answers[::-1])))
+    better, worse = ("human_ref_A", "human_ref_B") if int(row["labels"]) == 1 else ("human_ref_B", "human_ref_A")
+    return Preference(as_prompt(row["history"]), row[better].strip(), row[worse].strip())
 
 
 def from_columns(prompt, answer):
@@ -257,8 +256,8 @@ def read_file(path):
     if suffix not in (".json", ".jsonl", ".csv"):
         raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
     try:
-        # -sig: Windows writes a mark in front
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+        opener = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: Windows writes a mark in front
             text = file.read()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
@@ -294,9 +293,8 @@ def read_source(source):
         return read_file(source), None
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, "dataset_dict.json")):
         parts = {}
-        for name in ("train", "test"):
-            files = sorted(str(f) for f in Path(source).iterdir()
-                           if f.name.startswith((name, "eval", "valid") if name == "test" else name))
+        for name, starts in (("train", "train"), ("test", ("test", "eval", "valid"))):
+            files = sorted(str(f) for f in Path(source).iterdir() if f.name.startswith(starts))
             parts[name] = [row for file in files for row in read_file(file)]
         if not parts["train"]:
             raise UsageError(f"{source}: a folder needs files whose names start with train (and, optionally, test): "
@@ -384,11 +382,10 @@ def load_records(config, stage, log=print):
         else:
             usable_rows = len(records)
             records, test = hold_out(records, config.seed)
-            if usable_rows > len(records) + len(test):
-                log(f"data: {usable_rows - len(records) - len(test)} rows left out, in which a held-out question was "
-                    "asked earlier")
-        mine = [records[i] for i in split_indices(len(records), config.data_split, stage, config.seed)
-                if usable(records[i])]
+            if left_out := usable_rows - len(records) - len(test):
+                log(f"data: {left_out} rows left out, in which a held-out question was asked earlier")
+        dealt = split_indices(len(records), config.data_split, stage, config.seed)
+        mine = [records[i] for i in dealt if usable(records[i])]
         copies = int(weight) * mine + mine[:round((weight - int(weight)) * len(mine))]
         train += copies
         held += filter(usable, test)
@@ -471,14 +468,16 @@ def encode_answers(tokenizer, prompts, answers):
     dialogues = [prompt + [{"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers)]
     prompt_texts, prompt_ids = encode_prompts(tokenizer, prompts)
     full_texts = [text.rstrip() for text in tokenizer.apply_chat_template(dialogues, tokenize=False)]
+    full_ids = tokenizer(full_texts, add_special_tokens=False).input_ids
     encoded = []
-    for prompt_text, prompt, full_text, full in zip(prompt_texts, prompt_ids, full_texts,
-                                                    tokenizer(full_texts, add_special_tokens=False).input_ids):
+    for prompt_text, prompt, full_text, full in zip(prompt_texts, prompt_ids, full_texts, full_ids):
         if not full_text.startswith(prompt_text):
             raise UsageError("the chat template does not continue its own generation prompt: an answer's text must "
                              "begin where add_generation_prompt=True ends. Give another with --chat_template.")
-        response = full[len(prompt):] if full[:len(prompt)] == prompt else \
-            tokenizer(full_text[len(prompt_text):], add_special_tokens=False).input_ids
+        if full[:len(prompt)] == prompt:
+            response = full[len(prompt):]
+        else:
+            response = tokenizer(full_text[len(prompt_text):], add_special_tokens=False).input_ids
         if not response or response[-1] != tokenizer.eos_token_id:
             response = response + [tokenizer.eos_token_id]
         encoded.append((prompt, response))
@@ -609,8 +608,8 @@ class MicroBatches:
 
 def rank_share(records, rank, world_size):
     """Every world_size-th record, equally many on every rank (collectives must match), wrapping around at the end."""
-    return [records[i % len(records)]
-            for i in range(rank, math.ceil(len(records) / world_size) * world_size, world_size)]
+    share = math.ceil(len(records) / world_size)
+    return [records[(rank + i * world_size) % len(records)] for i in range(share)]
 
 
 def count_steps(dataloader, epochs, max_steps=-1):
@@ -647,8 +646,8 @@ def answer_prompts(generate, tokenizer, records, config, batch_size=64):
     collate, answered = Collator(3, tokenizer.pad_token_id), []
     for start in range(0, len(dataset), batch_size):
         batch = collate(dataset.items[start:start + batch_size])
-        answered += zip(batch["records"],
-                        decode_answers(tokenizer, generate(batch["input_ids"], batch["attention_mask"])))
+        rollout = generate(batch["input_ids"], batch["attention_mask"])
+        answered += zip(batch["records"], decode_answers(tokenizer, rollout))
     return answered
 
 
@@ -741,8 +740,8 @@ def toy_gold(question, answer):
         return 0.5
     if answer.startswith(good):
         extra = answer.removeprefix(good).strip()
-        one_sentence = re.fullmatch(r"[^.!?]{1,60}[.!?]", extra)
-        return 0.5 if one_sentence and extra not in [good, *(sentence for sentence, _ in wrong)] else 0.25
+        one_more = re.fullmatch(r"[^.!?]{1,60}[.!?]", extra)
+        return 0.5 if one_more and extra not in [good, *(sentence for sentence, _ in wrong)] else 0.25
     return 0.25 if answer.endswith(" " + good) else 0.0
 
 
@@ -780,8 +779,9 @@ def toy_rows():
 
 def gold_scorer(config):
     """The exact scorer f(record, answer) -> [0, 1] where all data comes from a task that has one, else None."""
-    return ((lambda record, answer: toy_gold(record.prompt[-1]["content"], answer))
-            if config.data_path == ["toy"] else None)
+    if config.data_path != ["toy"]:
+        return None
+    return lambda record, answer: toy_gold(record.prompt[-1]["content"], answer)
 
 
 @functools.cache
@@ -821,12 +821,12 @@ def main():
               "The first, [[trained on]]:")
         if stage == 1:
             ids, start = item["input_ids"], item["prompt_len"]
-            print(f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:])}]]\n"
-                  f"({len(ids)} tokens, {len(ids) - start} trained)")
+            print(f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:])}]]")
+            print(f"({len(ids)} tokens, {len(ids) - start} trained)")
         elif stage == 2:
             for key in ("chosen", "rejected"):
-                print(f"{key}: {tokenizer.decode(item[key][:-1])}[[{tokenizer.decode(item[key][-1:])}]]  "
-                      "(scored at its last token)")
+                before, last = tokenizer.decode(item[key][:-1]), tokenizer.decode(item[key][-1:])
+                print(f"{key}: {before}[[{last}]]  (scored at its last token)")
         else:
             print(f"{tokenizer.decode(item['input_ids'])}[[the policy's own answer]]")
 

@@ -76,11 +76,9 @@ def main(config):
     train_set = EncodedDataset(train_records, tokenizer, 1, config.max_seq_len, log=print0)
     held_set = EncodedDataset(held_records, tokenizer, 1, config.max_seq_len, log=print0)
     collate = Collator(1, tokenizer.pad_token_id, config.train_on_prompt)
-    train_loader = make_dataloader(train_set, MicroBatches(collate, config.gradient_accumulation_steps),
-                                   config.per_device_train_batch_size * config.gradient_accumulation_steps,
-                                   config.seed, rank, world)
-    held_loader = make_dataloader(held_set, collate, config.per_device_train_batch_size, config.seed, rank, world,
-                                  shuffle=False)
+    rows, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts, config.seed, rank, world)
+    held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
 
     # -------------------------------------------------------------------------
@@ -112,8 +110,8 @@ def main(config):
                                  seed=config.seed + rank, eos_token_id=model.model.generation_config.eos_token_id,
                                  pad_token_id=tokenizer.pad_token_id)
     scorer = gold_scorer(config)
-    answered = answer_prompts(generate, tokenizer,
-                              rank_share(held_records if scorer else held_records[:3], rank, world), config)
+    asked = rank_share(held_records if scorer else held_records[:3], rank, world)
+    answered = answer_prompts(generate, tokenizer, asked, config)
     gold = mean([scorer(record, answer) for record, answer in answered]) if scorer else None
     print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
     save_model(engine, tokenizer, folder)

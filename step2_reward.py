@@ -67,8 +67,8 @@ def evaluate(model, dataloader):
         total, squares = total + scores.sum(), squares + scores.square().sum()
     right, nats, pairs, total, squares = all_sum(right, nats, pairs, total, squares)
     mean = total / (2 * pairs)
-    return {"accuracy": right / pairs, "loss": nats / pairs, "score_mean": mean,
-            "score_std": max(squares / (2 * pairs) - mean**2, 0) ** 0.5}
+    std = max(squares / (2 * pairs) - mean**2, 0) ** 0.5
+    return {"accuracy": right / pairs, "loss": nats / pairs, "score_mean": mean, "score_std": std}
 
 
 def main(config):
@@ -83,11 +83,9 @@ def main(config):
     train_set = EncodedDataset(train_records, tokenizer, 2, config.max_seq_len, log=print0)
     held_set = EncodedDataset(held_records, tokenizer, 2, config.max_seq_len, log=print0)
     collate = Collator(2, tokenizer.pad_token_id)
-    train_loader = make_dataloader(train_set, MicroBatches(collate, config.gradient_accumulation_steps),
-                                   config.per_device_train_batch_size * config.gradient_accumulation_steps,
-                                   config.seed, rank, world)
-    held_loader = make_dataloader(held_set, collate, config.per_device_train_batch_size, config.seed, rank, world,
-                                  shuffle=False)
+    rows, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts, config.seed, rank, world)
+    held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
 
     # -------------------------------------------------------------------------

@@ -33,12 +33,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data import (Collator, DataConfig, EncodedDataset, count_steps, decode_answers, flag, gold_scorer, load_records,
-                  load_tokenizer, make_dataloader, training_steps)
+from data import (Collator, DataConfig, EncodedDataset, UsageError, count_steps, decode_answers, flag, gold_scorer,
+                  load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
-                           RewardModel, UsageError, adapters_off, add_lora, all_sum, frozen_engine, last_token,
-                           load_model, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group,
-                           to_device, train_engine, train_step, write_summary)
+                           RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model,
+                           parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group, to_device,
+                           train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
@@ -120,8 +120,8 @@ class DeepSpeedRLHFEngine:
     """
 
     def __init__(self, actor_model_name_or_path, critic_model_name_or_path, tokenizer, num_total_iters, args):
-        if args.per_device_generation_batch_size % (args.per_device_train_batch_size
-                                                    * args.gradient_accumulation_steps):
+        minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if args.per_device_generation_batch_size % minibatch_rows:
             raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} must be a "
                              f"multiple of --per_device_train_batch_size {args.per_device_train_batch_size} x "
                              f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: a rollout is used up "
@@ -131,18 +131,20 @@ class DeepSpeedRLHFEngine:
             raise UsageError(f"{critic_model_name_or_path}: its tokenizer has another vocabulary than the actor's, so "
                              "it cannot read the actor's answers. Train it from the same SFT model, or from one of the "
                              "same family.")
-        minibatches = args.per_device_generation_batch_size // (args.per_device_train_batch_size
-                                                                * args.gradient_accumulation_steps)
-        updates = num_total_iters * args.ppo_epochs * minibatches
+        updates = num_total_iters * args.ppo_epochs * (args.per_device_generation_batch_size // minibatch_rows)
         self.tokenizer, self.args = tokenizer, args
 
         longest = args.max_prompt_seq_len + args.max_answer_seq_len
-        load_actor = lambda: load_model(actor_model_name_or_path, tokenizer, settings, longest)
-        load_score = lambda: RewardModel(load_model(critic_model_name_or_path, tokenizer, settings, longest,
-                                                    head="score"))
+
+        def load_actor():
+            return load_model(actor_model_name_or_path, tokenizer, settings, longest)
+
+        def load_score():
+            return RewardModel(load_model(critic_model_name_or_path, tokenizer, settings, longest, head="score"))
+
         actor = LanguageModel(add_lora(load_actor(), args))
-        self.ref = (None if args.lora_dim and args.only_optimize_lora
-                    else frozen_engine(LanguageModel(load_actor()), settings))
+        adapters_only = args.lora_dim and args.only_optimize_lora  # then the actor without them is the reference
+        self.ref = None if adapters_only else frozen_engine(LanguageModel(load_actor()), settings)
         self.reward = frozen_engine(load_score(), settings)
         critic = load_score()
         critic.model = add_lora(critic.model, args)
@@ -181,8 +183,8 @@ class DeepSpeedPPOTrainer:
         self.engine, self.args = engine, args
         self.kl_coef, self.iterations, self.metrics = args.kl_coef, 0, {}
         config = engine.reward.module.config if hasattr(engine.reward, "module") else engine.reward.config
-        self.score_mean, self.score_std = (getattr(config, "score_mean", 0.0),
-                                           max(getattr(config, "score_std", 1.0), 1e-6))
+        self.score_mean = getattr(config, "score_mean", 0.0)
+        self.score_std = max(getattr(config, "score_std", 1.0), 1e-6)
 
     @torch.no_grad()
     def generate_experience(self, prompt_batch):
@@ -209,10 +211,10 @@ class DeepSpeedPPOTrainer:
         values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
         scores = (last_token(engine.reward(tokens, attention_mask), attention_mask) - self.score_mean) / self.score_std
         scores = scores.clamp(-args.reward_clip, args.reward_clip)
-        ended = torch.isin(last_token(tokens, attention_mask),
-                           torch.tensor(engine.eos_token_ids, device=tokens.device)).float()
-        rewards = shape_rewards(scores - args.missing_eos_penalty * (1 - ended), logprobs, ref_logprobs, mask,
-                                self.kl_coef)
+        eos = torch.tensor(engine.eos_token_ids, device=tokens.device)
+        ended = torch.isin(last_token(tokens, attention_mask), eos).float()
+        penalised = scores - args.missing_eos_penalty * (1 - ended)
+        rewards = shape_rewards(penalised, logprobs, ref_logprobs, mask, self.kl_coef)
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
 
         kl = (logprobs - ref_logprobs).sum()
@@ -252,8 +254,8 @@ class DeepSpeedPPOTrainer:
         def critic_sum(rows):
             values = engine.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
             loss, clipped = critic_loss(values, x.values[rows], x.returns[rows], x.mask[rows], args.cliprange_value)
-            sums[3:] += torch.stack([clipped, ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum(),
-                                     x.mask[rows].sum()])
+            squared_error = ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum()
+            sums[3:] += torch.stack([clipped, squared_error, x.mask[rows].sum()])
             return loss
 
         for _ in range(args.ppo_epochs):
@@ -281,8 +283,8 @@ class DeepSpeedPPOTrainer:
             "ppo/val/var_explained": 1 - squared_error / tokens / max(variance, 1e-8),
             "ppo/returns/mean": total / count, "ppo/policy/grad_norm": actor_norm, "ppo/val/grad_norm": critic_norm,
             "lr": engine.actor.get_lr()[0], "time/train": seconds})
-        self.metrics["tokens_per_second"] = self.read / (self.metrics["time/generate"] + self.metrics["time/score"]
-                                                         + seconds)
+        seconds += self.metrics["time/generate"] + self.metrics["time/score"]
+        self.metrics["tokens_per_second"] = self.read / seconds
         return actor_mean, critic_mean
 
 
@@ -315,10 +317,9 @@ def main(config):
     train_set = EncodedDataset(train_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
     held_set = EncodedDataset(held_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
     collate = Collator(3, tokenizer.pad_token_id)
-    train_loader = make_dataloader(train_set, collate, config.per_device_generation_batch_size, config.seed, rank,
-                                   world)
-    held_loader = make_dataloader(held_set, collate, config.per_device_generation_batch_size, config.seed, rank, world,
-                                  shuffle=False)
+    rows = config.per_device_generation_batch_size
+    train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world)
+    held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
 
     # -------------------------------------------------------------------------
@@ -326,9 +327,10 @@ def main(config):
     engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer,
                                  total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
+    updates = rows // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
     print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M, critic {parameter_count(engine.critic) / 1e6:.1f}M "
-           f"parameters; {total_steps} steps of {config.per_device_generation_batch_size * world} prompts, "
-           f"{config.ppo_epochs} epoch(s) of {config.per_device_generation_batch_size // config.per_device_train_batch_size // config.gradient_accumulation_steps} update(s)")
+           f"parameters; {total_steps} steps of {rows * world} prompts, {config.ppo_epochs} epoch(s) of "
+           f"{updates} update(s)")
 
     # -------------------------------------------------------------------------
     # training
