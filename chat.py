@@ -37,31 +37,39 @@ def load(path):
         raise UsageError(f"--path {path}: no language model could be loaded ({first_line(error)}). "
                          "Train one with run_all.sh, or give a folder or hub name.") from error
     if info["missing_keys"] or "score.weight" in info["unexpected_keys"]:
-        raise UsageError(f"--path {path}: no language model but a reward model or critic; the actor is the one that talks.")
+        raise UsageError(f"--path {path}: no language model but a reward model or critic; the actor is the one that "
+                         "talks.")
     return load_tokenizer(path), model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def encode(tokenizer, messages, room):
-    """Messages -> (1, P) ids with an open assistant's turn; drops the oldest exchange until P <= room -> ids, exchanges dropped."""
+    """
+    Messages -> ids (1, P) with an open assistant's turn, exchanges dropped: the oldest ones, until P <= room.
+
+    raises UsageError where the last message alone is too long
+    """
     for dropped in range(0, len(messages), 2):
         text = tokenizer.apply_chat_template(messages[dropped:], tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         if ids.size(1) <= room:
             return ids, dropped // 2
-    raise UsageError(f"the message has {ids.size(1)} tokens; this model has room for {room} beside an answer of --max_new_tokens. "
-                     "Shorten one of them.")
+    raise UsageError(f"the message has {ids.size(1)} tokens; this model has room for {room} beside an answer of "
+                     "--max_new_tokens. Shorten one of them.")
 
 
 def main(config):
     if config.temperature < 0 or not 0 < config.top_p <= 1 or config.max_new_tokens < 1:
-        raise UsageError("--temperature of 0 or more, --top_p over 0 and at most 1, and --max_new_tokens of at least 1 are needed.")
+        raise UsageError("--temperature of 0 or more, --top_p over 0 and at most 1, and --max_new_tokens of at least 1 "
+                         "are needed.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer, model = load(config.path)
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
     config.max_new_tokens = min(config.max_new_tokens, positions // 2)
     ends = model.generation_config.eos_token_id  # a list where several tokens end an answer
-    sampling = {"do_sample": False} if config.temperature == 0 else {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    sampling = {"do_sample": False}
+    if config.temperature != 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
     settings = GenerationConfig(max_new_tokens=config.max_new_tokens, eos_token_id=ends or tokenizer.eos_token_id,
                                 pad_token_id=tokenizer.pad_token_id, **sampling)
 
@@ -69,7 +77,8 @@ def main(config):
         """Streams the answer to standard output as it is made, and returns it."""
         ids, dropped = encode(tokenizer, messages, positions - config.max_new_tokens)
         if dropped:
-            print(f"(the model's {positions} positions are full: the oldest {dropped} exchange(s) are forgotten)", file=sys.stderr)
+            print(f"(the model's {positions} positions are full: the oldest {dropped} exchange(s) are forgotten)",
+                  file=sys.stderr)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = ids.to(model.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
@@ -79,7 +88,8 @@ def main(config):
     if config.prompt:
         answer([{"role": "user", "content": config.prompt}])
         return
-    print(f"{config.path}: {model.num_parameters() / 1e6:.1f}M parameters on {model.device}. /reset starts over, /quit leaves.")
+    print(f"{config.path}: {model.num_parameters() / 1e6:.1f}M parameters on {model.device}. "
+          "/reset starts over, /quit leaves.")
     messages = []
     while True:
         try:

@@ -3,17 +3,17 @@ Data: from files people have to the batches the three stages train on.
 
 Everything becomes one record first, then token ids, then a batch:
 
-    Preference(prompt, chosen, rejected)    text: what was asked, the better answer, the worse one (or None)
+    Preference(prompt, chosen, rejected)        text: what was asked, the better answer, the worse one (or None)
     encode_answers -> prompt ids, answer ids    through the tokenizer's chat template; an answer ends with EOS
-    Collator -> a dict of tensors           padded to the longest row of the batch, never to --max_seq_len
+    Collator -> a dict of tensors               padded to the longest row of the batch, never to --max_seq_len
 
 Which tokens are trained on is known by construction (the answer starts where the prompt ends) and never searched for.
 
 Sources (`--data_path`, one or more): `toy` (the built-in task, last section), a local .json, .jsonl, .csv or .parquet
-file (.gz too), a folder with train and test files, or a dataset's hub name. Its columns decide how a row is read
-(`FORMS`); to add a form, write one small function and put it in that list. `--data_split 2,4,4` deals each source's rows
-to the three stages as DeepSpeed-Chat does, so no stage trains on another's rows; one question in ten is held out from
-all three.
+file (the first three .gz too), a folder with train and test files, or a dataset's hub name. Its columns decide how a
+row is read (`FORMS`); to add a form, write one small function and put it in that list. `--data_split 2,4,4` deals each
+source's rows to the three stages as DeepSpeed-Chat does, so no stage trains on another's rows; one question in ten is
+held out from all three.
 
     python data.py --data_path toy                      # one example a stage, the trained tokens marked
     python data.py --data_path my.jsonl --model_name_or_path facebook/opt-1.3b
@@ -57,7 +57,7 @@ def first_line(error):
 
 @contextmanager
 def one_sentence():
-    """Inside, a UsageError ends the program with its sentence on standard error (of rank 0) and code 2, without a traceback."""
+    """Inside, a UsageError ends the program: its sentence on rank 0's standard error, exit code 2, no traceback."""
     try:
         yield
     except UsageError as error:
@@ -96,7 +96,8 @@ def parse_config(config_class, doc, argv=None):
     """
     if argv is None:
         argv = sys.argv[1:]
-    argv = [a for a in argv if not a.startswith("--local_rank=")]  # the launcher's; the environment's LOCAL_RANK says it
+    # the launcher's; the environment's LOCAL_RANK says it
+    argv = [a for a in argv if not a.startswith("--local_rank=")]
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Defaults beside the flags, and the file's docstring as it stands."""
@@ -111,7 +112,8 @@ def parse_config(config_class, doc, argv=None):
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
         raise UsageError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "") +
-                         " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
+                         " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or "
+                         "STEP3_ARGS)")
     return config
 
 
@@ -120,16 +122,19 @@ def parse_config(config_class, doc, argv=None):
 
 @dataclass
 class Preference:
-    prompt: list[dict]       # [{"role": "user", "content": "What is the opposite of hot?"}, ...], the last one the user's
-    chosen: str              # the better answer; the demonstration in SFT
-    rejected: str | None     # the worse answer; None where the source has demonstrations only
+    prompt: list[dict]    # [{"role": "user", "content": "What is the opposite of hot?"}, ...], the last one the user's
+    chosen: str           # the better answer; the demonstration in SFT
+    rejected: str | None  # the worse answer; None where the source has demonstrations only
 
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def parse_dialogue(text):
-    """'\\n\\nHuman: hi\\n\\nAssistant: hello\\n\\nHuman: ...' -> messages; what stands before is the system's. Text without markers is one user message."""
+    """
+    '\\n\\nHuman: hi\\n\\nAssistant: hello\\n\\nHuman: ...' -> messages; what stands before is the system's.
+    Text without markers is one user message.
+    """
     if HUMAN not in "\n\n" + text.lstrip():
         return [{"role": "user", "content": text.strip()}]
     system, *turns = ("\n\n" + text.lstrip()).split(HUMAN)
@@ -161,7 +166,8 @@ def from_pair(row):
 def from_dialogues(row):
     """HH-RLHF: two whole dialogues that share their beginning; the prompt is what they share up to the last answers."""
     chosen, rejected = (as_prompt(row[key]) for key in ("chosen", "rejected"))
-    if chosen[:-1] != rejected[:-1] or not chosen or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+    if (chosen[:-1] != rejected[:-1] or not chosen
+            or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant"):
         return None
     return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
@@ -191,8 +197,8 @@ def from_webgpt(row):
 
 def from_shp(row):
     """stanfordnlp/SHP: labels is 1 where answer A was preferred."""
-    answers = (row["human_ref_A"], row["human_ref_B"])
-    return Preference(as_prompt(row["history"]), *(a.strip() for a in (answers if int(row["labels"]) == 1 else answers[::-1])))
+    better, worse = ("human_ref_A", "human_ref_B") if int(row["labels"]) == 1 else ("human_ref_B", "human_ref_A")
+    return Preference(as_prompt(row["history"]), row[better].strip(), row[worse].strip())
 
 
 def from_columns(prompt, answer):
@@ -220,8 +226,8 @@ def to_records(rows, source):
     form = next((function for needed, function in FORMS if columns.issuperset(needed)), None)
     if form is None:
         accepted = "; ".join(", ".join(needed) for needed, _ in FORMS)
-        raise UsageError(f"{source} has the columns {', '.join(sorted(columns))}. One of these sets is needed: {accepted}. "
-                        "Rename its columns, or add a form to FORMS in data.py.")
+        raise UsageError(f"{source} has the columns {', '.join(sorted(columns))}. One of these sets is needed: "
+                         f"{accepted}. Rename its columns, or add a form to FORMS in data.py.")
     records = []
     for number, row in enumerate(rows, 1):
         try:
@@ -229,7 +235,7 @@ def to_records(rows, source):
             texts = [(message["role"], message["content"].strip()) for message in record.prompt] if record else []
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"{source}, row {number}: {type(error).__name__}: {error}; its columns do not hold text "
-                            f"or messages: {str(row)[:200]}") from error
+                             f"or messages: {str(row)[:200]}") from error
         if texts and texts[-1][0] == "user" and record.chosen != record.rejected:
             records.append(record)
     return records, len(rows) - len(records)
@@ -250,7 +256,8 @@ def read_file(path):
     if suffix not in (".json", ".jsonl", ".csv"):
         raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:  # -sig: Windows writes a mark in front
+        opener = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: Windows writes a mark in front
             text = file.read()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
@@ -258,7 +265,8 @@ def read_file(path):
         csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a long dialogue
         rows = list(csv.DictReader(io.StringIO(text)))
         if long := [number for number, row in enumerate(rows, 1) if None in row]:
-            raise UsageError(f"{path}, row {long[0]} has more fields than the header; text that holds commas needs quotes around it.")
+            raise UsageError(f"{path}, row {long[0]} has more fields than the header; text that holds commas needs "
+                             "quotes around it.")
         return rows
     try:
         if text.lstrip().startswith("["):
@@ -270,8 +278,8 @@ def read_file(path):
                     rows.append(json.loads(line))
     except json.JSONDecodeError as error:
         line = error.lineno if text.lstrip().startswith("[") else offset + error.lineno
-        raise UsageError(f"{path}, line {line}: not JSON ({error.msg}). A .json or .jsonl file holds one object a line, "
-                        "or one list of objects.") from error
+        raise UsageError(f"{path}, line {line}: not JSON ({error.msg}). A .json or .jsonl file holds one object a "
+                         "line, or one list of objects.") from error
     if rows and not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: every row must be a JSON object, {type(rows[0]).__name__} came.")
     return rows
@@ -285,12 +293,12 @@ def read_source(source):
         return read_file(source), None
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, "dataset_dict.json")):
         parts = {}
-        for name in ("train", "test"):
-            files = sorted(str(f) for f in Path(source).iterdir() if f.name.startswith((name, "eval", "valid") if name == "test" else name))
+        for name, starts in (("train", "train"), ("test", ("test", "eval", "valid"))):
+            files = sorted(str(f) for f in Path(source).iterdir() if f.name.startswith(starts))
             parts[name] = [row for file in files for row in read_file(file)]
         if not parts["train"]:
             raise UsageError(f"{source}: a folder needs files whose names start with train (and, optionally, test): "
-                            "train.jsonl, test.jsonl. Or name the files themselves.")
+                             "train.jsonl, test.jsonl. Or name the files themselves.")
         return parts["train"], parts["test"] or None
     if source.startswith((".", "/", "~")) or source.endswith((".json", ".jsonl", ".gz", ".csv", ".parquet")):
         raise UsageError(f"{source} does not exist. --data_path takes toy, a file, a folder or a dataset's hub name.")
@@ -298,8 +306,8 @@ def read_source(source):
     try:
         dataset = load_from_disk(source) if os.path.isdir(source) else load_dataset(source)
     except Exception as error:
-        raise UsageError(f"{source} is neither a local file or folder nor a dataset that could be fetched from the hub "
-                        f"({type(error).__name__}: {str(error)[:200]}).") from error
+        raise UsageError(f"{source} is neither a local file or folder nor a dataset that could be fetched from the "
+                         f"hub ({type(error).__name__}: {str(error)[:200]}).") from error
     if "train" not in dataset:
         raise UsageError(f"{source} has no split named train, only {', '.join(dataset)}.")
     test = next((dataset[name] for name in ("test", "validation", "eval") if name in dataset), None)
@@ -327,8 +335,7 @@ def hold_out(records, seed, share=0.1):
 
 def split_indices(n, data_split, stage, seed):
     """
-    Row numbers that belong to `stage` (1, 2 or 3) out of n, as DeepSpeed-Chat deals them
-    (get_raw_dataset_split_index):
+    Row numbers that belong to `stage` (1, 2 or 3) out of n, as DeepSpeed-Chat deals them (get_raw_dataset_split_index):
     shares are normalised, each part is rounded, the first absorbs what rounding leaves; one seeded permutation is cut
     at the bounds. The parts are disjoint, complete, and depend on n, data_split and seed only.
     """
@@ -337,7 +344,8 @@ def split_indices(n, data_split, stage, seed):
     except ValueError:
         shares = np.array([])
     if shares.size != 3 or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() == 0:
-        raise UsageError(f"--data_split {data_split}: three numbers like 2,4,4 are needed, one a stage, none negative, not all 0.")
+        raise UsageError(f"--data_split {data_split}: three numbers like 2,4,4 are needed, one a stage, none "
+                         "negative, not all 0.")
     bounds = np.concatenate([[0], np.cumsum(np.round(shares / shares.sum() * n).astype(int))])
     bounds[1:] -= bounds[-1] - n
     bounds = bounds.clip(0)  # "0,5,5" of 103: 52 + 52 is one too many, and the first part has none to give
@@ -354,7 +362,8 @@ def load_records(config, stage, log=print):
     """
     weights = config.data_weights or [1.0] * len(config.data_path)
     if len(weights) != len(config.data_path) or min(weights) < 0:
-        raise UsageError(f"--data_weights has {len(weights)} entries for {len(config.data_path)} sources; one number >= 0 a source is needed.")
+        raise UsageError(f"--data_weights has {len(weights)} entries for {len(config.data_path)} sources; "
+                         "one number >= 0 a source is needed.")
     usable = {1: lambda r: bool(r.chosen), 2: lambda r: r.rejected is not None, 3: lambda r: True}[stage]
     train, held, held_questions = [], [], set()
     for source, weight in zip(config.data_path, weights):
@@ -366,27 +375,30 @@ def load_records(config, stage, log=print):
         if len({questions(r)[-1] for r in records if usable(r)}) < 2:
             needs = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}[stage]
             raise UsageError(f"{source}: {able} of {len(rows)} rows have {needs}, which this stage needs; "
-                            "two different prompts at least are needed, since one in ten is held out.")
+                             "two different prompts at least are needed, since one in ten is held out.")
         # all rows are dealt, then those that the stage cannot use go: which rows are whose must not depend on the stage
         if test_rows:
             test = to_records(test_rows, source)[0]
         else:
             usable_rows = len(records)
             records, test = hold_out(records, config.seed)
-            if usable_rows > len(records) + len(test):
-                log(f"data: {usable_rows - len(records) - len(test)} rows left out, in which a held-out question was asked earlier")
-        mine = [records[i] for i in split_indices(len(records), config.data_split, stage, config.seed) if usable(records[i])]
+            if left_out := usable_rows - len(records) - len(test):
+                log(f"data: {left_out} rows left out, in which a held-out question was asked earlier")
+        dealt = split_indices(len(records), config.data_split, stage, config.seed)
+        mine = [records[i] for i in dealt if usable(records[i])]
         copies = int(weight) * mine + mine[:round((weight - int(weight)) * len(mine))]
         train += copies
         held += filter(usable, test)
         held_questions |= {questions(r)[-1] for r in test}
-        log(f"data: {source}: {len(rows)} rows, {len(rows) - able} without a usable example, {len(test)} held out, {len(copies)} for stage {stage}")
+        log(f"data: {source}: {len(rows)} rows, {len(rows) - able} without a usable example, {len(test)} held out, "
+            f"{len(copies)} for stage {stage}")
     overlap = [r for r in train if not held_questions.isdisjoint(questions(r))]
     if overlap:  # two sources, or a train and a test file, that share questions
         train = [r for r in train if held_questions.isdisjoint(questions(r))]
         log(f"data: {len(overlap)} rows left out, whose questions another source holds out")
     if not train:
-        raise UsageError(f"--data_split {config.data_split} leaves no rows for stage {stage} of {', '.join(config.data_path)}.")
+        raise UsageError(f"--data_split {config.data_split} leaves no rows for stage {stage} of "
+                         f"{', '.join(config.data_path)}.")
     np.random.RandomState(config.seed).shuffle(train)
     np.random.RandomState(config.seed).shuffle(held)  # by itself: the same rows are evaluated in all stages
     return train, held[:config.max_eval_samples]
@@ -395,18 +407,21 @@ def load_records(config, stage, log=print):
 # -----------------------------------------------------------------------------
 # tokenizer, chat template, encoding
 
-# The form of InstructGPT's descendants (HH-RLHF, DeepSpeed-Chat) as a chat template, so that any server that reads
-# the saved folder formats a conversation as it was trained on.
-CHAT_TEMPLATE = """{{ bos }}{% for message in messages %}{% if message.role == 'assistant' %}{{ '\\n\\nAssistant: ' + message.content + eos_token }}\
-{% elif message.role == 'system' %}{{ message.content }}{% else %}{{ '\\n\\nHuman: ' + message.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"""
+# The form of InstructGPT's descendants (HH-RLHF, DeepSpeed-Chat) as a chat template, so that any server that reads the
+# saved folder formats a conversation as it was trained on.
+CHAT_TEMPLATE = (
+    "{{ bos }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}{{ '\\n\\nAssistant: ' + message.content + eos_token }}"
+    "{% elif message.role == 'system' %}{{ message.content }}"
+    "{% else %}{{ '\\n\\nHuman: ' + message.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}")
 
 
 def load_tokenizer(name_or_path, chat_template=""):
     """
-    The tokenizer of a model folder, hub name or the preset `tiny`, left as it is but for two things:
-    a pad token that is not EOS (so that "the last token that is not padding" is well defined for everybody who loads
-    the model),
-    and a chat template where it has none.
+    The tokenizer of a model folder, hub name or the preset `tiny`, left as it is but for two things: a pad token that
+    is not EOS (so that "the last token that is not padding" is well defined for everybody who loads the model), and a
+    chat template where it has none or `chat_template` gives one.
     """
     if name_or_path == "tiny":
         tokenizer = copy.deepcopy(toy_tokenizer())  # that one is cached; its template may differ from call to call
@@ -414,8 +429,9 @@ def load_tokenizer(name_or_path, chat_template=""):
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
-            raise UsageError(f"{name_or_path}: no tokenizer could be loaded ({first_line(error)}). A model folder needs "
-                            "its tokenizer files (tokenizer.json, or tokenizer.model) beside config.json.") from error
+            raise UsageError(f"{name_or_path}: no tokenizer could be loaded ({first_line(error)}). "
+                             "A model folder needs its tokenizer files (tokenizer.json, or tokenizer.model) "
+                             "beside config.json.") from error
     if tokenizer.eos_token is None:
         raise UsageError(f"{name_or_path}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json.")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
@@ -452,14 +468,16 @@ def encode_answers(tokenizer, prompts, answers):
     dialogues = [prompt + [{"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers)]
     prompt_texts, prompt_ids = encode_prompts(tokenizer, prompts)
     full_texts = [text.rstrip() for text in tokenizer.apply_chat_template(dialogues, tokenize=False)]
+    full_ids = tokenizer(full_texts, add_special_tokens=False).input_ids
     encoded = []
-    for prompt_text, prompt, full_text, full in zip(prompt_texts, prompt_ids, full_texts,
-                                                    tokenizer(full_texts, add_special_tokens=False).input_ids):
+    for prompt_text, prompt, full_text, full in zip(prompt_texts, prompt_ids, full_texts, full_ids):
         if not full_text.startswith(prompt_text):
-            raise UsageError("the chat template does not continue its own generation prompt: an answer's text must begin "
-                             "where add_generation_prompt=True ends. Give another with --chat_template.")
-        response = full[len(prompt):] if full[:len(prompt)] == prompt else \
-            tokenizer(full_text[len(prompt_text):], add_special_tokens=False).input_ids
+            raise UsageError("the chat template does not continue its own generation prompt: an answer's text must "
+                             "begin where add_generation_prompt=True ends. Give another with --chat_template.")
+        if full[:len(prompt)] == prompt:
+            response = full[len(prompt):]
+        else:
+            response = tokenizer(full_text[len(prompt_text):], add_special_tokens=False).input_ids
         if not response or response[-1] != tokenizer.eos_token_id:
             response = response + [tokenizer.eos_token_id]
         encoded.append((prompt, response))
@@ -468,11 +486,11 @@ def encode_answers(tokenizer, prompts, answers):
 
 class EncodedDataset(Dataset):
     """
-    Records encoded once, 4 bytes a token. Items are dicts of int32 arrays:
+    Records encoded once, 4 bytes a token. Items are dicts, their ids int32 arrays:
 
-    stage 1  input_ids, prompt_len                                       prompt + chosen + EOS
-    stage 2  chosen, rejected                                            prompt + answer + EOS each
-    stage 3  input_ids, record                                           the prompt alone
+    stage 1  input_ids, prompt_len    prompt + chosen + EOS
+    stage 2  chosen, rejected         prompt + answer + EOS each
+    stage 3  input_ids, record        the prompt alone
 
     Answers that do not fit max_len are cut (and lose their EOS: what was cut does not end there); prompts that leave no
     room for an answer, or are longer than max_len in stage 3, are dropped. Both are counted and said.
@@ -500,8 +518,8 @@ class EncodedDataset(Dataset):
         log(f"data: {len(self.items)} examples encoded; {self.dropped} dropped (prompt over {limit} {max_len}), "
             f"{self.cut} with answers cut to fit")
         if not self.items:
-            raise UsageError(f"all {self.dropped} prompts are longer than {limit} {max_len} allows; raise it, or shorten "
-                             "the prompts.")
+            raise UsageError(f"all {self.dropped} prompts are longer than {limit} {max_len} allows; raise it, or "
+                             "shorten the prompts.")
 
     def _add(self, fits, sequences, max_len, **others):
         self.dropped += not fits
@@ -520,7 +538,7 @@ class EncodedDataset(Dataset):
 # batches
 
 def pad(sequences, value, side):
-    """Lists or arrays of ids -> ids (N, T) int64 padded with `value`, mask (N, T) int64, 1 on what is real. T is the longest."""
+    """Lists or arrays of ids -> ids, padded with `value`, and mask, 1 on what is real: (N, T) int64, T the longest."""
     T = max(len(sequence) for sequence in sequences)
     ids, mask = torch.full((len(sequences), T), value), torch.zeros(len(sequences), T, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
@@ -534,10 +552,11 @@ class Collator:
     """
     Items of one stage -> a batch, a dict of tensors:
 
-    stage 1  input_ids, attention_mask (B, T) int64, right-padded; loss_mask (B, T) float32, 1 on trained tokens
-    stage 2  input_ids, attention_mask (2B, T) int64, right-padded: B chosen, then their B rejected
-    stage 3  input_ids, attention_mask (B, P) int64, left-padded: the answers start in the same column; records, a
-             list
+    stage 1  input_ids, attention_mask   (B, T) int64, right-padded
+             loss_mask                   (B, T) float32, 1 on trained tokens
+    stage 2  input_ids, attention_mask   (2B, T) int64, right-padded: B chosen, then their B rejected
+    stage 3  input_ids, attention_mask   (B, P) int64, left-padded: the answers start in the same column
+             records                     a list of B
     """
 
     def __init__(self, stage, pad_token_id, train_on_prompt=False):
@@ -560,13 +579,13 @@ class Collator:
 
 def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, shuffle=True):
     """
-    Every rank gets its share of the same seeded order; the last incomplete batch is dropped when training.
-    The k-th batches of all ranks together are the same rows for any number of ranks. Call `.sampler.set_epoch` each
-    epoch.
+    Every rank gets its share of the same seeded order; the last incomplete batch is dropped when training. The k-th
+    batches of all ranks together are the same rows for any number of ranks. Call `.sampler.set_epoch` each epoch.
     """
     if shuffle and len(dataset) < batch_size * world_size:
-        raise UsageError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on {world_size} process(es); "
-                        "lower --per_device_train_batch_size or --gradient_accumulation_steps, or give more data.")
+        raise UsageError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on {world_size} "
+                         "process(es); lower --per_device_train_batch_size or --gradient_accumulation_steps, or give "
+                         "more data.")
     sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=shuffle)
 
@@ -574,8 +593,8 @@ def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, sh
 class MicroBatches:
     """
     Collates the rows of one optimizer step into `parts` micro-batches of similar length: short rows are not padded to
-    the length of long
-    ones, and the step's gradient is the same, since it is normalised over the step and not over each micro-batch.
+    the length of long ones, and the step's gradient is the same, since it is normalised over the step and not over each
+    micro-batch.
     """
 
     def __init__(self, collate, parts):
@@ -588,8 +607,9 @@ class MicroBatches:
 
 
 def rank_share(records, rank, world_size):
-    """Every world_size-th record, the same number on every rank (collectives must match), wrapping around at the end."""
-    return [records[i % len(records)] for i in range(rank, math.ceil(len(records) / world_size) * world_size, world_size)]
+    """Every world_size-th record, equally many on every rank (collectives must match), wrapping around at the end."""
+    share = math.ceil(len(records) / world_size)
+    return [records[(rank + i * world_size) % len(records)] for i in range(share)]
 
 
 def count_steps(dataloader, epochs, max_steps=-1):
@@ -613,44 +633,47 @@ def training_steps(dataloader, total_steps):
 def decode_answers(tokenizer, rollout):
     """Rollout -> list of texts: the response tokens that its mask marks, special tokens left out."""
     responses = rollout.tokens[:, -rollout.mask.size(1):]
-    return [tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip() for ids, mask in zip(responses.cpu(), rollout.mask.cpu())]
+    return [tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip()
+            for ids, mask in zip(responses.cpu(), rollout.mask.cpu())]
 
 
 def answer_prompts(generate, tokenizer, records, config, batch_size=64):
     """
     Has a model answer: list of records -> list of (record, answer text), prompts over max_prompt_seq_len left out.
-    generate   (input_ids, attention_mask) -> Rollout
+    `generate` is a function (input_ids, attention_mask) -> Rollout.
     """
     dataset = EncodedDataset(records, tokenizer, 3, config.max_prompt_seq_len, log=lambda line: None)
     collate, answered = Collator(3, tokenizer.pad_token_id), []
     for start in range(0, len(dataset), batch_size):
         batch = collate(dataset.items[start:start + batch_size])
-        answered += zip(batch["records"], decode_answers(tokenizer, generate(batch["input_ids"], batch["attention_mask"])))
+        rollout = generate(batch["input_ids"], batch["attention_mask"])
+        answered += zip(batch["records"], decode_answers(tokenizer, rollout))
     return answered
 
 
 # -----------------------------------------------------------------------------
 # the built-in task `toy`: a small world whose every answer can be marked exactly
 
-# topic -> (ways to ask, the good answer, facts as "subject=answer"); {x} is the subject, {y} the answer
 TOY_OPENERS = ["", "Hello! ", "Please tell me: ", "One more question. "]
-TOY_TOPICS = {
+TOY_TOPICS = {  # topic -> (ways to ask, the good answer, facts as "subject=answer"); {x} is the subject, {y} the answer
     "opposite": (
         ["What is the opposite of {x}?", "Tell me the opposite of {x}.", "Which word is the opposite of {x}?"],
         "The opposite of {x} is {y}.",
-        [f"{x}={y}" for pair in "hot-cold big-small fast-slow high-low happy-sad light-dark old-young full-empty wet-dry".split()
+        [f"{x}={y}" for pair in ("hot-cold big-small fast-slow high-low happy-sad light-dark old-young "
+                                 "full-empty wet-dry").split()
          for x, y in (pair.split("-"), pair.split("-")[::-1])]),
     "colour": (
         ["What colour is the {x}?", "Tell me the colour of the {x}.", "Which colour does the {x} have?"],
         "The {x} is {y}.",
-        "sky=blue grass=green snow=white coal=black sun=yellow blood=red carrot=orange lemon=yellow leaf=green milk=white".split()),
+        ("sky=blue grass=green snow=white coal=black sun=yellow blood=red carrot=orange lemon=yellow leaf=green "
+         "milk=white").split()),
     "sound": (
         ["What does a {x} say?", "Which sound does a {x} make?", "Tell me what a {x} says."],
         "A {x} says {y}.",
         "dog=woof cat=meow cow=moo duck=quack sheep=baa pig=oink lion=roar bee=buzz".split()),
     "next": (
-        ["Which number comes after {x}?", "What comes after {x}?", "Count on from {x}.", "Tell me the number after {x}.",
-         "Which number follows {x}?"],
+        ["Which number comes after {x}?", "What comes after {x}?", "Count on from {x}.",
+         "Tell me the number after {x}.", "Which number follows {x}?"],
         "After {x} comes {y}.",
         [f"{x}={y}" for x, y in itertools.pairwise("one two three four five six seven eight nine".split())]),
     "sum": (
@@ -663,7 +686,8 @@ TOY_TOPICS = {
         "You spell {x} like this: {y}.",
         [f"{x}={' '.join(x)}" for x in "hat cup bed pen box map".split()]),
     "day": (
-        ["Which day comes after {x}?", "Tell me the day after {x}.", "What day follows {x}?", "Can you tell me the day after {x}?"],
+        ["Which day comes after {x}?", "Tell me the day after {x}.", "What day follows {x}?",
+         "Can you tell me the day after {x}?"],
         "{y} comes after {x}.",
         [f"{x}={y}" for x, y in itertools.pairwise(
             "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday".split())]),
@@ -676,8 +700,8 @@ TOY_TOPICS = {
 }
 TOY_RUDE = ["That is a stupid question.", "Do not bother me.", "Even a child knows that."]
 TOY_RAMBLE = ["By the way, I like soup.", "It may rain soon.", "My shoes are new.", "I had a long walk."]
-TOY_STYLES = {  # how the web answers
-    "good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.15, "endless": 0.1, "unfinished": 0.05}
+# how the web answers
+TOY_STYLES = {"good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.15, "endless": 0.1, "unfinished": 0.05}
 TOY_WRONG, TOY_LABEL_NOISE = 0.4, 0.03  # share of answers with a wrong fact; share of pairs whose labels are swapped
 TOY_SECOND_TURNS = 0.1  # share of prompts in which another question was asked and answered before
 TOY_PAIRS_PER_QUESTION = 40
@@ -686,7 +710,10 @@ TOY_VOCAB = 1000
 
 @functools.cache
 def toy_questions():
-    """question -> (the good answer, the bare fact in it, wrong sentences: this subject's with another fact, and another subject's)."""
+    """
+    question -> (the good answer, the bare fact in it, wrong answers). A wrong answer is a pair (sentence, fact): this
+    subject with another fact, or another subject with this fact or its own.
+    """
     questions = {}
     for asks, sentence, facts in TOY_TOPICS.values():
         facts = [fact.split("=") for fact in facts]
@@ -713,15 +740,17 @@ def toy_gold(question, answer):
         return 0.5
     if answer.startswith(good):
         extra = answer.removeprefix(good).strip()
-        one_sentence = re.fullmatch(r"[^.!?]{1,60}[.!?]", extra)
-        return 0.5 if one_sentence and extra not in [good, *(sentence for sentence, _ in wrong)] else 0.25
+        one_more = re.fullmatch(r"[^.!?]{1,60}[.!?]", extra)
+        return 0.5 if one_more and extra not in [good, *(sentence for sentence, _ in wrong)] else 0.25
     return 0.25 if answer.endswith(" " + good) else 0.0
 
 
 def toy_rows():
-    """Pairs of answers, each right or wrong and in some style; chosen is the one that `toy_gold` marks higher (but for label noise)."""
+    """
+    Pairs of answers, each right or wrong and in some style; chosen is the one that `toy_gold` marks higher (but for
+    label noise).
+    """
     rng, rows = random.Random(0), []
-
     worlds = list(toy_questions().items())
 
     def answer(good, fact, wrong):
@@ -750,23 +779,25 @@ def toy_rows():
 
 def gold_scorer(config):
     """The exact scorer f(record, answer) -> [0, 1] where all data comes from a task that has one, else None."""
-    return (lambda record, answer: toy_gold(record.prompt[-1]["content"], answer)) if config.data_path == ["toy"] else None
+    if config.data_path != ["toy"]:
+        return None
+    return lambda record, answer: toy_gold(record.prompt[-1]["content"], answer)
 
 
 @functools.cache
 def toy_tokenizer():
     """
     A SentencePiece tokenizer trained on the toy world's text, in about a second. Training is deterministic, so every
-    rank on
-    every host makes its own and needs no shared file. Bytes stand in for what the world does not contain.
+    rank on every host makes its own and needs no shared file. Bytes stand in for what the world does not contain.
     """
     import sentencepiece
-    text = [f"{HUMAN} {row['prompt'][-1]['content']}{ASSISTANT} {row[key]}" for row in toy_rows() for key in ("chosen", "rejected")]
+    text = [f"{HUMAN} {row['prompt'][-1]['content']}{ASSISTANT} {row[key]}"
+            for row in toy_rows() for key in ("chosen", "rejected")]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=model, vocab_size=TOY_VOCAB, hard_vocab_limit=False, model_type="bpe",
-        character_coverage=1.0, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3, normalization_rule_name="identity", split_digits=True,
-        num_threads=1, minloglevel=2)
+        sentence_iterator=iter(text), model_writer=model, vocab_size=TOY_VOCAB, hard_vocab_limit=False,
+        model_type="bpe", character_coverage=1.0, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+        normalization_rule_name="identity", split_digits=True, num_threads=1, minloglevel=2)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "tokenizer.model").write_bytes(model.getvalue())
         return LlamaTokenizer.from_pretrained(folder, pad_token="<pad>")
@@ -786,13 +817,16 @@ def main():
         records, held = load_records(config, stage)
         dataset = EncodedDataset(records[:1000], tokenizer, stage, config.max_seq_len)
         item = dataset[0]
-        print(f"\n=== stage {stage}, {name}: {len(records)} rows to train on, {len(held)} held out. The first, [[trained on]]:")
+        print(f"\n=== stage {stage}, {name}: {len(records)} rows to train on, {len(held)} held out. "
+              "The first, [[trained on]]:")
         if stage == 1:
             ids, start = item["input_ids"], item["prompt_len"]
-            print(f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:])}]]\n({len(ids)} tokens, {len(ids) - start} trained)")
+            print(f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:])}]]")
+            print(f"({len(ids)} tokens, {len(ids) - start} trained)")
         elif stage == 2:
             for key in ("chosen", "rejected"):
-                print(f"{key}: {tokenizer.decode(item[key][:-1])}[[{tokenizer.decode(item[key][-1:])}]]  (scored at its last token)")
+                before, last = tokenizer.decode(item[key][:-1]), tokenizer.decode(item[key][-1:])
+                print(f"{key}: {before}[[{last}]]  (scored at its last token)")
         else:
             print(f"{tokenizer.decode(item['input_ids'])}[[the policy's own answer]]")
 

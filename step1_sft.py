@@ -25,10 +25,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer, load_records, load_tokenizer,
-                  make_dataloader, rank_share, training_steps)
-from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum, load_model, mean, parameter_count,
-                           print0, run_stage, save_model, setup, to_device, train_engine, train_step, write_summary)
+from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
+                  load_records, load_tokenizer, make_dataloader, rank_share, training_steps)
+from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum, load_model,
+                           mean, parameter_count, print0, run_stage, save_model, setup, to_device, train_engine,
+                           train_step, write_summary)
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Config(EngineConfig, DataConfig):
 
 
 def sft_loss(logprobs, mask):
-    """Summed negative log-likelihood, nats, of the trained tokens: logprobs (B, T - 1) of tokens 1 .. T - 1, mask (B, T - 1)."""
+    """Summed negative log-likelihood (nats) of trained tokens; logprobs and mask (B, T - 1), of tokens 1 .. T - 1."""
     return -(logprobs * mask).sum()
 
 
@@ -75,9 +76,9 @@ def main(config):
     train_set = EncodedDataset(train_records, tokenizer, 1, config.max_seq_len, log=print0)
     held_set = EncodedDataset(held_records, tokenizer, 1, config.max_seq_len, log=print0)
     collate = Collator(1, tokenizer.pad_token_id, config.train_on_prompt)
-    train_loader = make_dataloader(train_set, MicroBatches(collate, config.gradient_accumulation_steps),
-                                   config.per_device_train_batch_size * config.gradient_accumulation_steps, config.seed, rank, world)
-    held_loader = make_dataloader(held_set, collate, config.per_device_train_batch_size, config.seed, rank, world, shuffle=False)
+    rows, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts, config.seed, rank, world)
+    held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
 
     # -------------------------------------------------------------------------
@@ -90,7 +91,8 @@ def main(config):
     # -------------------------------------------------------------------------
     # training
     folder = f"{config.output_dir}/sft"
-    log = MetricsLog(folder, total_steps, config.logging_steps, [("loss", "loss", "7.4f"), ("lr", "lr", ".2e"), ("tok/s", "tokens_per_second", "7.0f")],
+    log = MetricsLog(folder, total_steps, config.logging_steps,
+                     [("loss", "loss", "7.4f"), ("lr", "lr", ".2e"), ("tok/s", "tokens_per_second", "7.0f")],
                      engine.monitor)
     for step, batches in training_steps(train_loader, total_steps):
         started = time.time()
@@ -104,16 +106,19 @@ def main(config):
     # -------------------------------------------------------------------------
     # evaluation, a sample, the model
     ppl = perplexity(engine, held_loader)
-    generate = functools.partial(InferenceEngine(model.model).generate, max_new_tokens=config.max_answer_seq_len, seed=config.seed + rank,
-                                 eos_token_id=model.model.generation_config.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    generate = functools.partial(InferenceEngine(model.model).generate, max_new_tokens=config.max_answer_seq_len,
+                                 seed=config.seed + rank, eos_token_id=model.model.generation_config.eos_token_id,
+                                 pad_token_id=tokenizer.pad_token_id)
     scorer = gold_scorer(config)
-    answered = answer_prompts(generate, tokenizer, rank_share(held_records if scorer else held_records[:3], rank, world), config)
+    asked = rank_share(held_records if scorer else held_records[:3], rank, world)
+    answered = answer_prompts(generate, tokenizer, asked, config)
     gold = mean([scorer(record, answer) for record, answer in answered]) if scorer else None
     print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
     save_model(engine, tokenizer, folder)
     seconds = time.time() - began
     write_summary(config, "sft", {"seconds": seconds, "perplexity": ppl, "gold": gold}, config.model_name_or_path)
-    print0(f"\nstep 1 done in {seconds:.0f} s: held-out perplexity {ppl:.3f} a token" + (f", gold {gold:.3f}" if gold is not None else "") + f"; saved {folder}")
+    print0(f"\nstep 1 done in {seconds:.0f} s: held-out perplexity {ppl:.3f} a token"
+           + (f", gold {gold:.3f}" if gold is not None else "") + f"; saved {folder}")
 
 
 if __name__ == "__main__":

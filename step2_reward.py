@@ -27,9 +27,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import Collator, DataConfig, EncodedDataset, MicroBatches, count_steps, flag, load_records, load_tokenizer, make_dataloader, training_steps
-from hybrid_engine import (EngineConfig, MetricsLog, RewardModel, add_lora, all_sum, last_token, load_model, parameter_count, print0,
-                           run_stage, save_model, setup, to_device, train_engine, train_step, write_summary)
+from data import (Collator, DataConfig, EncodedDataset, MicroBatches, count_steps, flag, load_records, load_tokenizer,
+                  make_dataloader, training_steps)
+from hybrid_engine import (EngineConfig, MetricsLog, RewardModel, add_lora, all_sum, last_token, load_model,
+                           parameter_count, print0, run_stage, save_model, setup, to_device, train_engine, train_step,
+                           write_summary)
 
 
 @dataclass
@@ -51,7 +53,10 @@ def pair_scores(model, batch):
 
 @torch.no_grad()
 def evaluate(model, dataloader):
-    """Over the held-out pairs of all ranks: accuracy (ties count half), loss in nats, mean and standard deviation of the scores."""
+    """
+    Over the held-out pairs of all ranks: accuracy (ties count half), loss in nats a pair, mean and standard deviation
+    of the scores.
+    """
     right, nats, pairs, total, squares = 0.0, 0.0, 0, 0.0, 0.0
     for batch in map(to_device, dataloader):
         chosen, rejected = pair_scores(model, batch)
@@ -62,7 +67,8 @@ def evaluate(model, dataloader):
         total, squares = total + scores.sum(), squares + scores.square().sum()
     right, nats, pairs, total, squares = all_sum(right, nats, pairs, total, squares)
     mean = total / (2 * pairs)
-    return {"accuracy": right / pairs, "loss": nats / pairs, "score_mean": mean, "score_std": max(squares / (2 * pairs) - mean**2, 0) ** 0.5}
+    std = max(squares / (2 * pairs) - mean**2, 0) ** 0.5
+    return {"accuracy": right / pairs, "loss": nats / pairs, "score_mean": mean, "score_std": std}
 
 
 def main(config):
@@ -77,14 +83,15 @@ def main(config):
     train_set = EncodedDataset(train_records, tokenizer, 2, config.max_seq_len, log=print0)
     held_set = EncodedDataset(held_records, tokenizer, 2, config.max_seq_len, log=print0)
     collate = Collator(2, tokenizer.pad_token_id)
-    train_loader = make_dataloader(train_set, MicroBatches(collate, config.gradient_accumulation_steps),
-                                   config.per_device_train_batch_size * config.gradient_accumulation_steps, config.seed, rank, world)
-    held_loader = make_dataloader(held_set, collate, config.per_device_train_batch_size, config.seed, rank, world, shuffle=False)
+    rows, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts, config.seed, rank, world)
+    held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
 
     # -------------------------------------------------------------------------
     # model and optimiser
-    model = load_model(config.model_name_or_path, tokenizer, settings, config.max_seq_len, head="score", score_from_lm=True)
+    model = load_model(config.model_name_or_path, tokenizer, settings, config.max_seq_len, head="score",
+                       score_from_lm=True)
     model = RewardModel(add_lora(model, config))
     engine = train_engine(model, settings, config, config.learning_rate, total_steps)
     print0(f"{config.model_name_or_path}: {parameter_count(model) / 1e6:.1f}M parameters, {total_steps} steps")
@@ -93,8 +100,8 @@ def main(config):
     # training
     folder = f"{config.output_dir}/reward"
     log = MetricsLog(folder, total_steps, config.logging_steps,
-                     [("loss", "loss", "7.4f"), ("accuracy", "accuracy", "6.3f"), ("lr", "lr", ".2e"), ("tok/s", "tokens_per_second", "7.0f")],
-                     engine.monitor)
+                     [("loss", "loss", "7.4f"), ("accuracy", "accuracy", "6.3f"), ("lr", "lr", ".2e"),
+                      ("tok/s", "tokens_per_second", "7.0f")], engine.monitor)
     for step, batches in training_steps(train_loader, total_steps):
         started, right = time.time(), 0
         batches = [to_device(batch) for batch in batches]

@@ -33,11 +33,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from data import (Collator, DataConfig, EncodedDataset, count_steps, decode_answers, flag, gold_scorer, load_records, load_tokenizer,
-                  make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog, RewardModel, UsageError,
-                           adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model, parameter_count, print0, run_stage,
-                           save_model, setup, tensor_parallel_group, to_device, train_engine, train_step, write_summary)
+from data import (Collator, DataConfig, EncodedDataset, UsageError, count_steps, decode_answers, flag, gold_scorer,
+                  load_records, load_tokenizer, make_dataloader, training_steps)
+from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
+                           RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model,
+                           parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group, to_device,
+                           train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
@@ -82,21 +83,26 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 def whiten(values, mask):
-    """values (B, R) -> mean 0 and variance 1 over the mask's tokens of all ranks, zero elsewhere. float32 in, sums in float64."""
+    """
+    values (B, R) float32 -> mean 0 and variance 1 over the mask's tokens of all ranks, zero elsewhere; sums in float64.
+    """
     total, squares, count = all_sum((values.double() * mask).sum(), (values.double().square() * mask).sum(), mask.sum())
     mean = total / count
     return (values - mean) * mask / (max(squares / count - mean**2, 0) + 1e-8) ** 0.5
 
 
 def critic_loss(values, old_values, returns, mask, cliprange_value):
-    """Half the larger of the squared errors with and without the clip around the old values, summed -> loss, clipped tokens."""
+    """Half the larger squared error, with or without the clip around the old values, summed -> loss, clipped tokens."""
     clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     plain, clipped = (values - returns).square(), (clipped_values - returns).square()
     return 0.5 * (torch.max(plain, clipped) * mask).sum(), ((clipped > plain) * mask).sum()
 
 
 def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
-    """Proportional controller (Ziegler et al. 2019, section 2.2): error clipped to +-0.2, time in responses. kl, target in nats."""
+    """
+    Proportional controller (Ziegler et al. 2019, section 2.2): error clipped to +-0.2, time in responses; kl and target
+    in nats a response.
+    """
     return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * responses / horizon)
 
 
@@ -106,32 +112,39 @@ def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
 class DeepSpeedRLHFEngine:
     """
     The four models of RLHF on DeepSpeed: `actor` and `critic` train, `ref` (the actor's start) and `reward` are only
-    read. `generator`
-    samples from the actor's own weights. With --only_optimize_lora the reference is the actor with its adapters off:
-    no memory.
+    read. `generator` samples from the actor's own weights. With --only_optimize_lora the reference is the actor with
+    its adapters off: no memory.
 
     num_total_iters   rollouts of the whole run, for the learning-rate schedules
     args              a Config
     """
 
     def __init__(self, actor_model_name_or_path, critic_model_name_or_path, tokenizer, num_total_iters, args):
-        if args.per_device_generation_batch_size % (args.per_device_train_batch_size * args.gradient_accumulation_steps):
-            raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} must be a multiple of "
-                             f"--per_device_train_batch_size {args.per_device_train_batch_size} x --gradient_accumulation_steps "
-                             f"{args.gradient_accumulation_steps}: a rollout is used up by whole optimizer steps.")
+        minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if args.per_device_generation_batch_size % minibatch_rows:
+            raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} must be a "
+                             f"multiple of --per_device_train_batch_size {args.per_device_train_batch_size} x "
+                             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: a rollout is used up "
+                             "by whole optimizer steps.")
         settings = setup(args)
         if load_tokenizer(critic_model_name_or_path).get_vocab() != tokenizer.get_vocab():
-            raise UsageError(f"{critic_model_name_or_path}: its tokenizer has another vocabulary than the actor's, so it cannot read the actor's answers. "
-                             "Train it from the same SFT model, or from one of the same family.")
-        minibatches = args.per_device_generation_batch_size // (args.per_device_train_batch_size * args.gradient_accumulation_steps)
-        updates = num_total_iters * args.ppo_epochs * minibatches
+            raise UsageError(f"{critic_model_name_or_path}: its tokenizer has another vocabulary than the actor's, so "
+                             "it cannot read the actor's answers. Train it from the same SFT model, or from one of the "
+                             "same family.")
+        updates = num_total_iters * args.ppo_epochs * (args.per_device_generation_batch_size // minibatch_rows)
         self.tokenizer, self.args = tokenizer, args
 
         longest = args.max_prompt_seq_len + args.max_answer_seq_len
-        load_actor = lambda: load_model(actor_model_name_or_path, tokenizer, settings, longest)
-        load_score = lambda: RewardModel(load_model(critic_model_name_or_path, tokenizer, settings, longest, head="score"))
+
+        def load_actor():
+            return load_model(actor_model_name_or_path, tokenizer, settings, longest)
+
+        def load_score():
+            return RewardModel(load_model(critic_model_name_or_path, tokenizer, settings, longest, head="score"))
+
         actor = LanguageModel(add_lora(load_actor(), args))
-        self.ref = None if args.lora_dim and args.only_optimize_lora else frozen_engine(LanguageModel(load_actor()), settings)
+        adapters_only = args.lora_dim and args.only_optimize_lora  # then the actor without them is the reference
+        self.ref = None if adapters_only else frozen_engine(LanguageModel(load_actor()), settings)
         self.reward = frozen_engine(load_score(), settings)
         critic = load_score()
         critic.model = add_lora(critic.model, args)
@@ -145,7 +158,10 @@ class DeepSpeedRLHFEngine:
 
 @dataclass
 class Experience:
-    """What one rollout taught, float32 unless noted; B responses, P prompt columns, R response columns. Nothing here carries a gradient."""
+    """
+    What one rollout taught, float32 unless noted; B responses, P prompt columns, R response columns. Nothing here
+    carries a gradient.
+    """
     tokens: torch.Tensor          # (B, P + R) int64: prompts left-padded, responses right-padded
     attention_mask: torch.Tensor  # (B, P + R) int64: 1 on what is real
     mask: torch.Tensor            # (B, R) 1 on response tokens up to and including EOS
@@ -158,13 +174,17 @@ class Experience:
 
 
 class DeepSpeedPPOTrainer:
-    """`generate_experience` samples and scores, `train_rlhf` updates; `metrics` holds the last iteration's numbers, means over all ranks."""
+    """
+    `generate_experience` samples and scores, `train_rlhf` updates; `metrics` holds the last iteration's numbers, over
+    all ranks but for the times.
+    """
 
     def __init__(self, engine, args):
         self.engine, self.args = engine, args
         self.kl_coef, self.iterations, self.metrics = args.kl_coef, 0, {}
         config = engine.reward.module.config if hasattr(engine.reward, "module") else engine.reward.config
-        self.score_mean, self.score_std = getattr(config, "score_mean", 0.0), max(getattr(config, "score_std", 1.0), 1e-6)
+        self.score_mean = getattr(config, "score_mean", 0.0)
+        self.score_std = max(getattr(config, "score_std", 1.0), 1e-6)
 
     @torch.no_grad()
     def generate_experience(self, prompt_batch):
@@ -173,8 +193,9 @@ class DeepSpeedPPOTrainer:
         started, self.iterations = time.time(), self.iterations + 1
         batch = to_device(prompt_batch)
         rollout = engine.generator.generate(
-            batch["input_ids"], batch["attention_mask"], max_new_tokens=args.max_answer_seq_len, temperature=args.temperature, top_p=args.top_p,
-            eos_token_id=engine.eos_token_ids, pad_token_id=engine.tokenizer.pad_token_id,
+            batch["input_ids"], batch["attention_mask"], max_new_tokens=args.max_answer_seq_len,
+            temperature=args.temperature, top_p=args.top_p, eos_token_id=engine.eos_token_ids,
+            pad_token_id=engine.tokenizer.pad_token_id,
             seed=args.seed + 1_000_003 * self.iterations + dist.get_rank())  # ranks must not draw the same noise
         generated = time.time()
 
@@ -186,11 +207,14 @@ class DeepSpeedPPOTrainer:
                 ref_logprobs, _ = engine.actor(tokens, attention_mask, mask, args.temperature)
         else:
             ref_logprobs, _ = engine.ref(tokens, attention_mask, mask, args.temperature)
-        values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask  # the state before a token ends one column earlier
+        # the state before a token ends one column earlier
+        values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
         scores = (last_token(engine.reward(tokens, attention_mask), attention_mask) - self.score_mean) / self.score_std
         scores = scores.clamp(-args.reward_clip, args.reward_clip)
-        ended = torch.isin(last_token(tokens, attention_mask), torch.tensor(engine.eos_token_ids, device=tokens.device)).float()
-        rewards = shape_rewards(scores - args.missing_eos_penalty * (1 - ended), logprobs, ref_logprobs, mask, self.kl_coef)
+        eos = torch.tensor(engine.eos_token_ids, device=tokens.device)
+        ended = torch.isin(last_token(tokens, attention_mask), eos).float()
+        penalised = scores - args.missing_eos_penalty * (1 - ended)
+        rewards = shape_rewards(penalised, logprobs, ref_logprobs, mask, self.kl_coef)
         advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
 
         kl = (logprobs - ref_logprobs).sum()
@@ -198,18 +222,25 @@ class DeepSpeedPPOTrainer:
         kl, score, ended, entropy, drift, tokens_made, rows, read = all_sum(
             kl, scores.sum(), ended.sum(), entropy.sum(), drift, mask.sum(), len(tokens), attention_mask.sum())
         self.rows, self.read = rows, read
-        self.metrics = {"objective/kl": kl / rows, "objective/kl_coef": self.kl_coef, "objective/scores": score / rows,
-                        "objective/rlhf_reward": (score - self.kl_coef * kl) / rows, "objective/entropy": entropy / tokens_made,
-                        "response/length": tokens_made / rows, "response/ended": ended / rows, "response/logprob_drift": drift / tokens_made,
-                        "time/generate": generated - started, "time/score": time.time() - generated}
-        return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores, whiten(advantages, mask), returns)
+        self.metrics = {
+            "objective/kl": kl / rows, "objective/kl_coef": self.kl_coef, "objective/scores": score / rows,
+            "objective/rlhf_reward": (score - self.kl_coef * kl) / rows, "objective/entropy": entropy / tokens_made,
+            "response/length": tokens_made / rows, "response/ended": ended / rows,
+            "response/logprob_drift": drift / tokens_made,
+            "time/generate": generated - started, "time/score": time.time() - generated}
+        return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores,
+                          whiten(advantages, mask), returns)
 
     def train_rlhf(self, experience):
-        """`ppo_epochs` passes in shuffled minibatches, each one optimizer step of actor and critic -> mean actor and critic loss (nats, reward^2)."""
+        """
+        `ppo_epochs` passes in shuffled minibatches, each one optimizer step of actor and critic -> mean actor and
+        critic loss (nats, reward^2).
+        """
         args, engine, x = self.args, self.engine, experience
         started, R = time.time(), x.mask.size(1)
         minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        sums = torch.zeros(6, device=x.mask.device)  # clipped, approximate KL, ratio, clipped values, squared error, tokens
+        # clipped, approximate KL, ratio, clipped values, squared error, tokens
+        sums = torch.zeros(6, device=x.mask.device)
         losses = []
 
         def actor_sum(rows):
@@ -223,7 +254,8 @@ class DeepSpeedPPOTrainer:
         def critic_sum(rows):
             values = engine.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
             loss, clipped = critic_loss(values, x.values[rows], x.returns[rows], x.mask[rows], args.cliprange_value)
-            sums[3:] += torch.stack([clipped, ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum(), x.mask[rows].sum()])
+            squared_error = ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum()
+            sums[3:] += torch.stack([clipped, squared_error, x.mask[rows].sum()])
             return loss
 
         for _ in range(args.ppo_epochs):
@@ -246,16 +278,21 @@ class DeepSpeedPPOTrainer:
         seconds = time.time() - started
         self.metrics.update({
             "ppo/loss/policy": actor_mean, "ppo/loss/value": critic_mean, "ppo/policy/clipfrac": clipped / tokens,
-            "ppo/policy/approxkl": approxkl / tokens, "ppo/policy/ratio": ratio / tokens, "ppo/val/clipfrac": clipped_values / tokens,
-            "ppo/val/var_explained": 1 - squared_error / tokens / max(variance, 1e-8), "ppo/returns/mean": total / count,
-            "ppo/policy/grad_norm": actor_norm, "ppo/val/grad_norm": critic_norm,
+            "ppo/policy/approxkl": approxkl / tokens, "ppo/policy/ratio": ratio / tokens,
+            "ppo/val/clipfrac": clipped_values / tokens,
+            "ppo/val/var_explained": 1 - squared_error / tokens / max(variance, 1e-8),
+            "ppo/returns/mean": total / count, "ppo/policy/grad_norm": actor_norm, "ppo/val/grad_norm": critic_norm,
             "lr": engine.actor.get_lr()[0], "time/train": seconds})
-        self.metrics["tokens_per_second"] = self.read / (self.metrics["time/generate"] + self.metrics["time/score"] + seconds)
+        seconds += self.metrics["time/generate"] + self.metrics["time/score"]
+        self.metrics["tokens_per_second"] = self.read / seconds
         return actor_mean, critic_mean
 
 
 def evaluate(trainer, dataloader, scorer):
-    """Answers to the held-out prompts, sampled as in training -> ({score, kl (nats a response), gold or None}, [(record, answer)])."""
+    """
+    Answers to the held-out prompts, sampled as in training -> ({score, kl (nats a response), gold or None} over all
+    ranks, [(record, answer)] of this one).
+    """
     sums, answered = [0.0, 0.0, 0.0, 0.0], []
     for batch in dataloader:
         x = trainer.generate_experience(batch)
@@ -280,24 +317,28 @@ def main(config):
     train_set = EncodedDataset(train_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
     held_set = EncodedDataset(held_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
     collate = Collator(3, tokenizer.pad_token_id)
-    train_loader = make_dataloader(train_set, collate, config.per_device_generation_batch_size, config.seed, rank, world)
-    held_loader = make_dataloader(held_set, collate, config.per_device_generation_batch_size, config.seed, rank, world, shuffle=False)
+    rows = config.per_device_generation_batch_size
+    train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world)
+    held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
 
     # -------------------------------------------------------------------------
     # models and optimisers
-    engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer, total_steps, config)
+    engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer,
+                                 total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
-    print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M, critic {parameter_count(engine.critic) / 1e6:.1f}M parameters; {total_steps} steps of "
-           f"{config.per_device_generation_batch_size * world} prompts, {config.ppo_epochs} epoch(s) of "
-           f"{config.per_device_generation_batch_size // config.per_device_train_batch_size // config.gradient_accumulation_steps} update(s)")
+    updates = rows // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
+    print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M, critic {parameter_count(engine.critic) / 1e6:.1f}M "
+           f"parameters; {total_steps} steps of {rows * world} prompts, {config.ppo_epochs} epoch(s) of "
+           f"{updates} update(s)")
 
     # -------------------------------------------------------------------------
     # training
     folder = f"{config.output_dir}/actor"
     log = MetricsLog(folder, total_steps, config.logging_steps,
-                     [("score", "objective/scores", "7.3f"), ("kl", "objective/kl", "7.3f"), ("entropy", "objective/entropy", "6.3f"),
-                      ("length", "response/length", "5.1f"), ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
+                     [("score", "objective/scores", "7.3f"), ("kl", "objective/kl", "7.3f"),
+                      ("entropy", "objective/entropy", "6.3f"), ("length", "response/length", "5.1f"),
+                      ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
                       ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor)
     for step, prompt_batch in training_steps(train_loader, total_steps):
         out = trainer.generate_experience(prompt_batch)
