@@ -587,9 +587,9 @@ class MicroBatches:
         return [self.collate(items[i * size:(i + 1) * size]) for i in range(self.parts)]
 
 
-def rank_share(records, rank, world_size):
-    """Every world_size-th record, the same number on every rank (collectives must match), wrapping around at the end."""
-    return [records[i % len(records)] for i in range(rank, math.ceil(len(records) / world_size) * world_size, world_size)]
+def rank_share(items, rank, world_size):
+    """Every world_size-th item, the same number on every rank (collectives must match), wrapping around at the end."""
+    return [items[i % len(items)] for i in range(rank, math.ceil(len(items) / world_size) * world_size, world_size)]
 
 
 def count_steps(dataloader, epochs, max_steps=-1):
@@ -616,15 +616,16 @@ def decode_answers(tokenizer, rollout):
     return [tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip() for ids, mask in zip(responses.cpu(), rollout.mask.cpu())]
 
 
-def answer_prompts(generate, tokenizer, records, config, batch_size=64):
+def answer_prompts(generate, tokenizer, records, config, rank=0, world_size=1, batch_size=64):
     """
     Has a model answer: list of records -> list of (record, answer text), prompts over max_prompt_seq_len left out.
-    generate   (input_ids, attention_mask) -> Rollout
+    generate   (input_ids, attention_mask) -> Rollout. Every rank calls it equally often: ZeRO 3 gathers weights in it
     """
     dataset = EncodedDataset(records, tokenizer, 3, config.max_prompt_seq_len, log=lambda line: None)
+    items = rank_share(dataset.items, rank, world_size)
     collate, answered = Collator(3, tokenizer.pad_token_id), []
-    for start in range(0, len(dataset), batch_size):
-        batch = collate(dataset.items[start:start + batch_size])
+    for start in range(0, len(items), batch_size):
+        batch = collate(items[start:start + batch_size])
         answered += zip(batch["records"], decode_answers(tokenizer, generate(batch["input_ids"], batch["attention_mask"])))
     return answered
 
