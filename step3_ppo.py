@@ -163,7 +163,7 @@ class DeepSpeedPPOTrainer:
     def __init__(self, engine, args):
         self.engine, self.args = engine, args
         self.kl_coef, self.iterations, self.metrics = args.kl_coef, 0, {}
-        config = engine.reward.module.config if hasattr(engine.reward, "module") else engine.reward.config
+        config = engine.reward.model.config  # a DeepSpeed engine's own `config` is another thing
         self.score_mean, self.score_std = getattr(config, "score_mean", 0.0), max(getattr(config, "score_std", 1.0), 1e-6)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTC
 
 from data import DataConfig, UsageError, load_tokenizer
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, LanguageModel, LoRALinear, RewardModel, adapters_off, add_lora,
-                           linear_weight, load_model, save_model, train_engine, train_step)
+                           load_model, save_model, train_engine, train_step)
 
 
 class Config(EngineConfig, DataConfig):
@@ -56,7 +56,7 @@ def test_lora_starts_as_the_plain_model_and_merges_exactly(make, process_group):
     merged = make().eval()
     for (name, layer), target in zip([(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)],
                                      [m for m in merged.modules() if type(m).__name__ in ("Linear", "Conv1D") and m.weight.shape != (1000, 32)]):
-        linear_weight(target).data.copy_(layer.merged_weight())
+        target.weight.data.copy_(layer.merged_weight())
     torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-5, rtol=1e-5)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
