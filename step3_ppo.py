@@ -90,7 +90,7 @@ def whiten(values, mask):
 
 def critic_loss(values, old_values, returns, mask, cliprange_value):
     """Half the larger of the squared errors with and without the clip around the old values, summed -> loss, clipped tokens."""
-    clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # exactly values inside
     plain, clipped = (values - returns).square(), (clipped_values - returns).square()
     return 0.5 * (torch.max(plain, clipped) * mask).sum(), ((clipped > plain) * mask).sum()
 

@@ -5,6 +5,7 @@ import socket
 import traceback
 from datetime import timedelta
 
+import deepspeed
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -16,7 +17,7 @@ def _rank_main(rank, ranks, port, case, arguments, failures):
                       DEEPSPEED_LOG_LEVEL="error")
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=60))
         case(rank, ranks, *arguments)
         dist.barrier()
         dist.destroy_process_group()
