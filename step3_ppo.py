@@ -36,8 +36,8 @@ import torch.distributed as dist
 from data import (Collator, DataConfig, EncodedDataset, count_steps, decode_answers, flag, gold_scorer, load_records, load_tokenizer,
                   make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog, RewardModel, UsageError,
-                           adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model, parameter_count, print0, run_stage,
-                           save_model, setup, tensor_parallel_group, to_device, train_engine, train_step, write_summary)
+                           adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model, memory_gb, parameter_count, print0,
+                           run_stage, save_model, setup, tensor_parallel_group, to_device, train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
@@ -177,6 +177,10 @@ class DeepSpeedPPOTrainer:
             eos_token_id=engine.eos_token_ids, pad_token_id=engine.tokenizer.pad_token_id,
             seed=args.seed + 1_000_003 * self.iterations + dist.get_rank())  # ranks must not draw the same noise
         generated = time.time()
+        memory = {name: size / 2**30 for name, size in engine.generator.memory.items()}  # this rank's
+        if self.iterations == 1 and memory:
+            sizes = ", ".join(f"{name} {size:.3f}" for name, size in memory.items())
+            print0(f"first rollout, GB a process: {sizes}; peak so far {memory_gb():.2f}")
 
         tokens, mask, R = rollout.tokens, rollout.mask, rollout.mask.size(1)
         attention_mask = torch.cat([batch["attention_mask"], mask.long()], dim=1)
@@ -201,7 +205,8 @@ class DeepSpeedPPOTrainer:
         self.metrics = {"objective/kl": kl / rows, "objective/kl_coef": self.kl_coef, "objective/scores": score / rows,
                         "objective/rlhf_reward": (score - self.kl_coef * kl) / rows, "objective/entropy": entropy / tokens_made,
                         "response/length": tokens_made / rows, "response/ended": ended / rows, "response/logprob_drift": drift / tokens_made,
-                        "time/generate": generated - started, "time/score": time.time() - generated}
+                        "time/generate": generated - started, "time/score": time.time() - generated,
+                        **{f"memory/{name.replace(' ', '_')}_gb": size for name, size in memory.items()}}
         return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores, whiten(advantages, mask), returns)
 
     def train_rlhf(self, experience):

@@ -108,6 +108,10 @@ def test_two_ranks_train_as_one_does(tmp_path, process_group):
             for expected, line in zip(metrics(one / name), metrics(two / name), strict=True):
                 assert line == pytest.approx(expected, rel=1e-4, abs=1e-4), (kind, name)
         assert 2 < metrics(one / "actor")[0]["response/length"] < 10  # ragged
+        memory = [json.loads((folder / "actor/metrics.jsonl").read_text().splitlines()[0]) for folder in (one, two)]
+        assert memory[1]["memory/weights_aliased_gb"] == 0 < memory[0]["memory/weights_aliased_gb"]
+        whole, half = (m["memory/kv_cache_gb"] for m in memory)  # as many rows on both ranks, each with half of the heads
+        assert half == whole / 2
         for section, numbers in json.loads((one / "summary.json").read_text()).items():
             if section in ("sft", "reward", "ppo"):
                 same = {name: value for name, value in numbers.items() if name != "seconds"}
