@@ -606,10 +606,10 @@ class MicroBatches:
         return [self.collate(items[i * size:(i + 1) * size]) for i in range(self.parts)]
 
 
-def rank_share(records, rank, world_size):
-    """Every world_size-th record, equally many on every rank (collectives must match), wrapping around at the end."""
-    share = math.ceil(len(records) / world_size)
-    return [records[(rank + i * world_size) % len(records)] for i in range(share)]
+def rank_share(items, rank, world_size):
+    """Every world_size-th item, equally many on every rank (collectives must match), wrapping around at the end."""
+    share = math.ceil(len(items) / world_size)
+    return [items[(rank + i * world_size) % len(items)] for i in range(share)]
 
 
 def count_steps(dataloader, epochs, max_steps=-1):
@@ -637,15 +637,17 @@ def decode_answers(tokenizer, rollout):
             for ids, mask in zip(responses.cpu(), rollout.mask.cpu())]
 
 
-def answer_prompts(generate, tokenizer, records, config, batch_size=64):
+def answer_prompts(generate, tokenizer, records, config, rank=0, world_size=1, batch_size=64):
     """
     Has a model answer: list of records -> list of (record, answer text), prompts over max_prompt_seq_len left out.
-    `generate` is a function (input_ids, attention_mask) -> Rollout.
+    `generate` is a function (input_ids, attention_mask) -> Rollout, which every rank calls equally often: under ZeRO 3
+    it gathers weights.
     """
     dataset = EncodedDataset(records, tokenizer, 3, config.max_prompt_seq_len, log=lambda line: None)
+    items = rank_share(dataset.items, rank, world_size)
     collate, answered = Collator(3, tokenizer.pad_token_id), []
-    for start in range(0, len(dataset), batch_size):
-        batch = collate(dataset.items[start:start + batch_size])
+    for start in range(0, len(items), batch_size):
+        batch = collate(items[start:start + batch_size])
         rollout = generate(batch["input_ids"], batch["attention_mask"])
         answered += zip(batch["records"], decode_answers(tokenizer, rollout))
     return answered

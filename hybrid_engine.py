@@ -407,10 +407,9 @@ def last_token(values, attention_mask):
 
 def save_model(engine, tokenizer, folder, averages=None):
     """
-    A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer with its chat
-    template; LoRA is
-    merged into the weights and also saved as a PEFT adapter in folder/adapter. `averages` (by name) stand in for the
-    weights they average. Collective under ZeRO 3; rank 0 writes.
+    A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer with its chat template.
+    LoRA is merged into the weights; where the rest was frozen it is also saved by itself, in PEFT's format, in
+    folder/adapter. `averages` (by name) stand in for the weights they average. Collective under ZeRO 3; rank 0 writes.
     Files are complete before they take their names, so an interrupted save leaves the older model loadable.
     """
     model = engine.module.model
@@ -419,7 +418,9 @@ def save_model(engine, tokenizer, folder, averages=None):
     else:
         state = model.state_dict()
     if averages:
-        state = {name: averages.get(name, tensor).to(tensor.dtype) for name, tensor in state.items()}
+        # a tied head has no average of its own, and saved beside the embedding's it would come loose from it
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
+        state = {name: averages.get(name, tensor).to(tensor.dtype) for name, tensor in state.items() if name not in tied}
     if dist.get_rank() == 0:
         folder, staging = Path(folder), Path(folder) / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
@@ -428,8 +429,9 @@ def save_model(engine, tokenizer, folder, averages=None):
         model.save_pretrained(staging, state_dict=state)
         model.config.use_cache = False
         tokenizer.save_pretrained(staging)
-        if adapters:
-            save_adapter(adapters, model, staging / "adapter")
+        trained = {name for name, p in model.named_parameters() if p.requires_grad} - adapters.keys()
+        if adapters and trained <= {"score.weight"}:
+            save_adapter(adapters, {name: state[name] for name in trained}, model, staging / "adapter")
         old = set(folder.glob("model*.safetensors*")) - {folder / new.name for new in staging.iterdir()}
         for new in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last: it makes the folder a model
             if new.is_dir():
@@ -450,7 +452,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, dim, alpha):
         super().__init__()
-        out_features, in_features = linear_weight(base).shape
+        self.transposed = isinstance(base, transformers.pytorch_utils.Conv1D)
+        # not weight.shape: that is (0,) where ZeRO 3 has partitioned the weight
+        in_features, out_features = (base.nx, base.nf) if self.transposed else (base.in_features, base.out_features)
         self.base, self.scaling, self.enabled = base, alpha / dim, True
         self.lora_A = nn.Parameter(torch.empty(dim, in_features, dtype=base.weight.dtype))
         self.lora_B = nn.Parameter(torch.zeros(out_features, dim, dtype=base.weight.dtype))
@@ -460,10 +464,14 @@ class LoRALinear(nn.Module):
         y = self.base(x)
         return y + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B) if self.enabled else y
 
-    def merged_weight(self):
-        """(out, in), a new tensor in the base's dtype; the base itself is never written, so no rounding can pile up in it."""
-        weight = linear_weight(self.base)
-        return (weight.float() + self.scaling * self.lora_B.float() @ self.lora_A.float()).to(weight.dtype)
+    def merged_weight(self, *tensors):
+        """
+        The base's weight plus the adapter's part, laid out as in the base. A new tensor: the base itself is never
+        written, so no rounding can pile up in it. `tensors` (weight, A, B) stand in for the layer's own.
+        """
+        weight, A, B = tensors or (self.base.weight, self.lora_A, self.lora_B)
+        delta = self.scaling * B.float() @ A.float()
+        return (weight.float() + (delta.t() if self.transposed else delta)).to(weight.dtype)
 
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
@@ -471,9 +479,8 @@ class LoRALinear(nn.Module):
 
 def linear_weight(module):
     """(out, in) weight of nn.Linear, of transformers' Conv1D (stored the other way round) or of LoRALinear (merged)."""
-    if hasattr(module, "merged_weight"):
-        return module.merged_weight()
-    return module.weight.t() if isinstance(module, transformers.pytorch_utils.Conv1D) else module.weight
+    weight = module.merged_weight() if hasattr(module, "merged_weight") else module.weight
+    return weight.t() if isinstance(getattr(module, "base", module), transformers.pytorch_utils.Conv1D) else weight
 
 
 def add_lora(model, config):
@@ -514,36 +521,32 @@ def adapters_off(model):
 
 
 def split_lora_state(model, state):
-    """state dict of a model with LoRALinear layers -> (adapter tensors by module name, merged plain state dict)."""
-    adapters, plain = {}, {}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
-    for name, tensor in state.items():
-        owner, _, leaf = name.rpartition(".")
-        if leaf in ("lora_A", "lora_B"):
-            adapters[name] = tensor
-        elif owner.endswith(".base") and owner.removesuffix(".base") in layers:
-            module = owner.removesuffix(".base")
-            if leaf == "weight":
-                delta = layers[module].scaling * state[module + ".lora_B"].float() @ state[module + ".lora_A"].float()
-                transposed = isinstance(layers[module].base, transformers.pytorch_utils.Conv1D)
-                tensor = (tensor.float() + (delta.t() if transposed else delta)).to(tensor.dtype)
-            plain[f"{module}.{leaf}"] = tensor
-        else:
-            plain[name] = tensor
+    """state dict of a model with LoRALinear layers -> (adapter tensors by name, merged state dict of the plain model)."""
+    adapters, plain = {}, dict(state)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoRALinear):
+            A, B = (adapters.setdefault(leaf, plain.pop(leaf)) for leaf in (f"{name}.lora_A", f"{name}.lora_B"))
+            plain[f"{name}.weight"] = layer.merged_weight(plain.pop(f"{name}.base.weight"), A, B)
+            if layer.bias is not None:
+                plain[f"{name}.bias"] = plain.pop(f"{name}.base.bias")
     return adapters, plain
 
 
-def save_adapter(adapters, model, folder):
-    """The adapter in PEFT's format: peft.PeftModel.from_pretrained(base, folder) loads it."""
+def save_adapter(adapters, head, model, folder):
+    """
+    The adapter in PEFT's format: peft.PeftModel.from_pretrained(base, folder) loads it. `head` (name -> tensor) is what
+    else was trained, a reward model's score: PEFT keeps its own copy of such modules.
+    """
     from safetensors.torch import save_file
     folder.mkdir()
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
-    dim = layers[0][1].lora_A.size(0)
-    save_file({f"base_model.model.{name}.weight": t.contiguous() for name, t in adapters.items()}, folder / "adapter_model.safetensors")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    dim, layer = adapters[next(iter(adapters))].size(0), next(iter(layers.values()))
+    tensors = {**{f"{name}.weight": t for name, t in adapters.items()}, **head}
+    save_file({f"base_model.model.{name}": t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM", "r": dim, "lora_alpha": layers[0][1].scaling * dim,
-        "lora_dropout": 0.0, "bias": "none", "target_modules": [name for name, _ in layers], "inference_mode": True,
-        "fan_in_fan_out": isinstance(layers[0][1].base, transformers.pytorch_utils.Conv1D), "base_model_name_or_path": model.config._name_or_path})
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM", "r": dim, "lora_alpha": layer.scaling * dim,
+        "lora_dropout": 0.0, "bias": "none", "target_modules": list(layers), "modules_to_save": ["score"] if head else None,
+        "inference_mode": True, "fan_in_fan_out": layer.transposed, "base_model_name_or_path": model.config._name_or_path})
 
 
 # -----------------------------------------------------------------------------
@@ -579,7 +582,8 @@ def frozen_engine(model, settings):
         return model.to(device()).eval()
     zero = {k: v for k, v in settings["zero_optimization"].items() if k != "offload_optimizer"}
     engine, *_ = deepspeed.initialize(model=model, config={**settings, "zero_optimization": zero})
-    return engine.eval()
+    engine.eval()  # returns None, unlike a module's
+    return engine
 
 
 class ExponentialMovingAverage:

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
-                  load_records, load_tokenizer, make_dataloader, rank_share, training_steps)
+                  load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum, load_model,
                            mean, parameter_count, print0, run_stage, save_model, setup, to_device, train_engine,
                            train_step, write_summary)
@@ -110,8 +110,8 @@ def main(config):
                                  seed=config.seed + rank, eos_token_id=model.model.generation_config.eos_token_id,
                                  pad_token_id=tokenizer.pad_token_id)
     scorer = gold_scorer(config)
-    asked = rank_share(held_records if scorer else held_records[:3], rank, world)
-    answered = answer_prompts(generate, tokenizer, asked, config)
+    asked = held_records if scorer else held_records[:3]
+    answered = answer_prompts(generate, tokenizer, asked, config, rank, world)
     gold = mean([scorer(record, answer) for record, answer in answered]) if scorer else None
     print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
     save_model(engine, tokenizer, folder)

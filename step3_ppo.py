@@ -37,7 +37,7 @@ from data import (Collator, DataConfig, EncodedDataset, UsageError, count_steps,
                   load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
                            RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model,
-                           parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group, to_device,
+                           memory_gb, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group, to_device,
                            train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
@@ -93,7 +93,7 @@ def whiten(values, mask):
 
 def critic_loss(values, old_values, returns, mask, cliprange_value):
     """Half the larger squared error, with or without the clip around the old values, summed -> loss, clipped tokens."""
-    clipped_values = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # exactly values inside
     plain, clipped = (values - returns).square(), (clipped_values - returns).square()
     return 0.5 * (torch.max(plain, clipped) * mask).sum(), ((clipped > plain) * mask).sum()
 
@@ -182,7 +182,7 @@ class DeepSpeedPPOTrainer:
     def __init__(self, engine, args):
         self.engine, self.args = engine, args
         self.kl_coef, self.iterations, self.metrics = args.kl_coef, 0, {}
-        config = engine.reward.module.config if hasattr(engine.reward, "module") else engine.reward.config
+        config = engine.reward.model.config  # a DeepSpeed engine's own `config` is another thing
         self.score_mean = getattr(config, "score_mean", 0.0)
         self.score_std = max(getattr(config, "score_std", 1.0), 1e-6)
 
@@ -198,6 +198,10 @@ class DeepSpeedPPOTrainer:
             pad_token_id=engine.tokenizer.pad_token_id,
             seed=args.seed + 1_000_003 * self.iterations + dist.get_rank())  # ranks must not draw the same noise
         generated = time.time()
+        memory = {name: size / 2**30 for name, size in engine.generator.memory.items()}  # this rank's
+        if self.iterations == 1 and memory:
+            sizes = ", ".join(f"{name} {size:.3f}" for name, size in memory.items())
+            print0(f"first rollout, GB a process: {sizes}; peak so far {memory_gb():.2f}")
 
         tokens, mask, R = rollout.tokens, rollout.mask, rollout.mask.size(1)
         attention_mask = torch.cat([batch["attention_mask"], mask.long()], dim=1)
@@ -227,7 +231,8 @@ class DeepSpeedPPOTrainer:
             "objective/rlhf_reward": (score - self.kl_coef * kl) / rows, "objective/entropy": entropy / tokens_made,
             "response/length": tokens_made / rows, "response/ended": ended / rows,
             "response/logprob_drift": drift / tokens_made,
-            "time/generate": generated - started, "time/score": time.time() - generated}
+            "time/generate": generated - started, "time/score": time.time() - generated,
+            **{f"memory/{name.replace(' ', '_')}_gb": size for name, size in memory.items()}}
         return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores,
                           whiten(advantages, mask), returns)
 

@@ -117,13 +117,34 @@ def test_lora_is_merged_into_the_copy(pack):
 # -----------------------------------------------------------------------------
 # shapes, ends
 
+@pytest.mark.parametrize("name", ["opt", "bloom", "gpt_neo", "codegen", "llama-bias-tied", "mistral"])
 @pytest.mark.parametrize("rows, prompt, new", [(1, 1, 1), (1, 40, 3), (3, 1, 20), (2, 44, 20)])
-def test_shapes(rows, prompt, new):  # the last fills OPT's 64 positions: the token at 63 is written, never read
-    model, (ids, mask) = small_model("opt"), ragged_prompts(rows, prompt)
+def test_shapes(name, rows, prompt, new):  # the last fills OPT's 64 positions: the token at 63 is written, never read
+    model, (ids, mask) = small_model(name), ragged_prompts(rows, prompt)
     rollout = InferenceEngine(model).generate(ids, mask.bool(), max_new_tokens=new, temperature=0)
     assert rollout.tokens.shape == (rows, prompt + new) and rollout.tokens.dtype == torch.int64
     assert rollout.logprobs.dtype == rollout.mask.dtype == torch.float32
     assert torch.equal(rollout.tokens[:, prompt:], hf_greedy(model, ids, mask, new))
+
+
+@pytest.mark.parametrize("name, odd", [  # D = 13 and 9 and 7, which no vector unit divides
+    ("opt", dict(hidden_size=39, num_attention_heads=3, word_embed_proj_dim=39, ffn_dim=41, vocab_size=97)),
+    ("bloom", dict(hidden_size=45, n_head=5, vocab_size=103)), ("gpt_neo", dict(hidden_size=21, num_heads=3))])
+def test_odd_sizes(name, odd):
+    model, (ids, mask) = small_model(name, **odd), ragged_prompts(vocabulary=97)
+    rollout = InferenceEngine(model).generate(ids, mask, max_new_tokens=R, temperature=0)
+    assert torch.equal(rollout.tokens[:, P:], hf_greedy(model, ids, mask))
+
+
+def test_a_kept_cache_changes_nothing():
+    """Rollouts of one shape and of others, compacted and not, in the memory that the one before left behind."""
+    model, eos = small_model("llama"), list(range(40, 60))
+    kept = InferenceEngine(model, keep_cache=True)
+    for seed, (rows, length, copies) in enumerate([(12, 9, 2), (12, 9, 2), (24, 9, 1), (1, 1, 1), (12, 9, 2)]):
+        ids, mask = ragged_prompts(rows, length, seed=seed)
+        options = dict(max_new_tokens=R, eos_token_id=eos, seed=seed, num_return_sequences=copies)
+        a, b = (engine.generate(ids, mask, **options) for engine in (kept, InferenceEngine(model)))
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logprobs, b.logprobs)
 
 
 def test_what_a_caller_can_get_wrong():

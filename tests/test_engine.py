@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTC
 
 from data import DataConfig, UsageError, load_tokenizer
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, LanguageModel, LoRALinear, RewardModel, adapters_off, add_lora,
-                           linear_weight, load_model, save_model, train_engine, train_step)
+                           load_model, save_model, train_engine, train_step)
 
 
 class Config(EngineConfig, DataConfig):
@@ -56,7 +56,7 @@ def test_lora_starts_as_the_plain_model_and_merges_exactly(make, process_group):
     merged = make().eval()
     for (name, layer), target in zip([(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)],
                                      [m for m in merged.modules() if type(m).__name__ in ("Linear", "Conv1D") and m.weight.shape != (1000, 32)]):
-        linear_weight(target).data.copy_(layer.merged_weight())
+        target.weight.data.copy_(layer.merged_weight())
     torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-5, rtol=1e-5)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained and all("lora_" in name for name in trained)
@@ -77,7 +77,17 @@ def test_a_lora_model_is_saved_merged(make, process_group, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids, _ = batch()
     torch.testing.assert_close(loaded.eval()(ids).logits, engine.module.model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
-    assert (tmp_path / "out/adapter/adapter_model.safetensors").exists()
+    peft = pytest.importorskip("peft")
+    adapted = peft.PeftModel.from_pretrained(make(), tmp_path / "out/adapter").eval()(ids).logits
+    torch.testing.assert_close(adapted, loaded(ids).logits, atol=1e-5, rtol=1e-5)
+    assert (adapted - make().eval()(ids).logits).abs().max() > 1e-3
+
+
+def test_no_adapter_by_itself_where_the_rest_was_trained_too(process_group, tmp_path):
+    config = Config()
+    config.lora_dim = 4
+    save_model(train_engine(LanguageModel(add_lora(opt(), config)), process_group, config, 1e-2, 10), load_tokenizer("tiny"), tmp_path)
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "adapter").exists()
 
 
 def test_lora_names_layers_when_none_match(process_group):

@@ -1,57 +1,27 @@
 """
 Tensor parallelism and ZeRO-3 with real processes (gloo, CPU) against one process on the same weights.
 
-Each test spawns its ranks once and takes them through all its cases: starting Python is what costs the time.
+The ranks are spawned once and go through all the cases: starting Python is what costs the time.
 """
 
-import os
-import socket
 import sys
-import traceback
-from datetime import timedelta
+from contextlib import contextmanager
 from pathlib import Path
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-from hybrid_engine import InferenceEngine
+import hybrid_engine
+from hybrid_engine import EngineConfig, InferenceEngine, add_lora
 from models import SMALL, ragged_prompts, small_model
+from ranks import run_ranks
 
-R = 10
+R = 8
 EOS = list(range(40, 55))
-
-
-def _rank_main(rank, ranks, port, case, failures):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
-                      WORLD_SIZE=str(ranks), DS_ACCELERATOR="cpu", DEEPSPEED_LOG_LEVEL="error")
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
-        case(rank, ranks)
-        dist.barrier()
-        dist.destroy_process_group()
-    except Exception:
-        failures.put(f"rank {rank}\n{traceback.format_exc()}")
-        os._exit(1)
-
-
-def run_ranks(ranks, case):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    failures = context.SimpleQueue()
-    processes = [context.Process(target=_rank_main, args=(rank, ranks, port, case, failures)) for rank in range(ranks)]
-    [p.start() for p in processes]
-    [p.join(100) for p in processes]
-    hung = [rank for rank, p in enumerate(processes) if p.is_alive()]
-    [p.kill() for p in processes]
-    assert failures.empty(), failures.get()
-    assert not hung, f"ranks {hung} hang"
 
 
 def prompts_of(rank):
@@ -81,22 +51,48 @@ def expect(rollout, whole, rank, ranks, copies=1):
     torch.testing.assert_close(rollout.logprobs, whole.logprobs[rows, :longest], atol=1e-4, rtol=0)
 
 
-def families_over_two_ranks(rank, ranks):
+def divisible(name, **changes):
+    """The small model, with a number of heads that 2 and 4 ranks can split."""
+    return small_model(name, **({"n_head": 4} if name == "bloom" else {}), **changes)
+
+
+def lora(model, seed=5):
+    """Adapters on everything in the blocks, A and B random; the same on every rank."""
+    config = EngineConfig(lora_dim=3, only_optimize_lora=True)
+    add_lora(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+ADAPTED = ["opt", "gpt2", "llama-bias-tied"]  # as they are and under LoRA: two linear layouts, one shared head
+
+
+def variants(name):
+    """Functions that make the model: plain, and with adapters where that is to be tried."""
+    return [lambda: divisible(name), lambda: lora(divisible(name))][:1 + (name in ADAPTED)]
+
+
+def families(rank, ranks):
+    """Tensor parallelism: over two ranks each with its own heads, over four with 2 or 1 key-value heads shared."""
     (ids, mask), (union_ids, union_mask, _) = prompts_of(rank), union(ranks)
+    new = R if ranks == 2 else 4
     for name in SMALL:
-        heads = {"n_head": 6} if name == "bloom" else {}  # 5 heads cannot be halved
-        model = small_model(name, **heads)
-        for pack in (True, False):
-            whole = InferenceEngine(model, pack=pack).generate(union_ids, union_mask, max_new_tokens=R, temperature=0)
-            engine = InferenceEngine(model, tp_group=dist.group.WORLD, pack=pack)
-            expect(engine.generate(ids, mask, max_new_tokens=R, temperature=0), whole, rank, ranks)
+        for make in variants(name):
+            model = make()
+            whole = InferenceEngine(model).generate(union_ids, union_mask, max_new_tokens=new, temperature=0)
+            for pack in (True, False)[:1 + (ranks == 2)]:
+                engine = InferenceEngine(model, tp_group=dist.group.WORLD, pack=pack)
+                expect(engine.generate(ids, mask, max_new_tokens=new, temperature=0), whole, rank, ranks)
 
 
 def four_ranks(rank, ranks):
-    """Fewer key-value heads than ranks; ragged responses; sampling; rank 0's seed; two groups that go their own way."""
+    """Ragged responses; sampling; rank 0's seed; two groups that go their own way."""
     (ids, mask), (union_ids, union_mask, _) = prompts_of(rank), union(ranks)
-    for name in ("opt", "llama", "llama-bias-tied", "gpt_neox", "codegen"):  # llama: 2 key-value heads; tied: 1
-        model = small_model(name, **({"num_attention_heads": 8, "hidden_size": 96} if name == "gpt_neox" else {}))
+    for name in ("opt", "llama", "llama-bias-tied", "codegen"):
+        model = small_model(name)
         sampling = dict(max_new_tokens=R, temperature=0.9, top_p=0.95, eos_token_id=EOS, num_return_sequences=2)
         whole = InferenceEngine(model).generate(union_ids, union_mask, seed=7, **sampling)
         engine = InferenceEngine(model, tp_group=dist.group.WORLD)
@@ -118,41 +114,101 @@ def four_ranks(rank, ranks):
 
 
 def zero3_of(model):
-    import deepspeed
     config = {"train_micro_batch_size_per_gpu": 1,
               "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-              "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+              "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}}}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=trained, config=config)
     return engine
 
 
-def zero3(rank, ranks):
-    (ids, mask), (union_ids, union_mask, _) = prompts_of(rank), union(ranks)
-    for name in ("opt", "opt-350m", "llama-bias-tied", "gpt2", "qwen3", "bloom"):
-        heads = {"n_head": 6} if name == "bloom" else {}
-        plain, engine = small_model(name, **heads), zero3_of(small_model(name, **heads))
-        assert all(p.numel() == 0 for p in engine.module.parameters())  # partitioned
-        own = InferenceEngine(plain).generate(ids, mask, max_new_tokens=R, seed=rank, eos_token_id=EOS)
-        for pack in (True, False):
-            inference = InferenceEngine(engine.module, pack=pack)
-            rollout = inference.generate(ids, mask, max_new_tokens=R, seed=rank, eos_token_id=EOS)
-            assert torch.equal(rollout.tokens, own.tokens) and torch.equal(rollout.mask, own.mask)
-            torch.testing.assert_close(rollout.logprobs, own.logprobs, atol=1e-4, rtol=0)
-            assert inference.memory["weights aliased"] == 0
-            assert all(p.numel() == 0 for p in engine.module.parameters())  # and so again
-        whole = InferenceEngine(plain).generate(union_ids, union_mask, max_new_tokens=R, seed=3, eos_token_id=EOS)
-        both = InferenceEngine(engine.module, tp_group=dist.group.WORLD)
-        expect(both.generate(ids, mask, max_new_tokens=R, seed=3, eos_token_id=EOS), whole, rank, ranks)
+def shards(module):
+    """This rank's share of every weight."""
+    return {name: p.ds_tensor.clone() for name, p in module.named_parameters()}
 
-    # train a step, and the next rollout knows
-    logits = engine(input_ids=union_ids, attention_mask=union_mask).logits
+
+def partitioned(module):
+    return all(p.numel() == 0 for p in module.parameters())
+
+
+def step(engine):
+    ids, mask, _ = union(2)
+    logits = engine(input_ids=ids.masked_fill(mask == 0, 0), attention_mask=mask).logits
     engine.backward(logits[:, -1].logsumexp(-1).mean())
     engine.step()
-    after = InferenceEngine(engine.module).generate(ids, mask, max_new_tokens=R, temperature=0)
-    before = InferenceEngine(plain).generate(ids, mask, max_new_tokens=R, temperature=0)
-    assert (after.logprobs - before.logprobs).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("ranks, case", [(2, families_over_two_ranks), (4, four_ranks), (2, zero3)])
-def test_ranks(ranks, case):
-    run_ranks(ranks, case)
+def zero3(rank, ranks):
+    """
+    ZeRO-3 against the plain model, alone and with tensor parallelism on top, with and without LoRA: the same tokens,
+    responses of other lengths on every rank, and the weights after a rollout bit for bit what they were.
+    """
+    (ids, mask), (union_ids, union_mask, _) = prompts_of(rank), union(ranks)
+    sampling = dict(max_new_tokens=R, eos_token_id=EOS)
+    for name in SMALL if ranks == 2 else ADAPTED[-1:]:
+        for make in variants(name):
+            plain, engine = make(), zero3_of(make())
+            assert partitioned(engine.module)
+            before = shards(engine.module)
+            own = InferenceEngine(plain).generate(ids, mask, seed=rank, **sampling)
+            for pack in (True, False)[:1 + (name in ADAPTED)]:
+                inference = InferenceEngine(engine.module, pack=pack)
+                rollout = inference.generate(ids, mask, seed=rank, **sampling)
+                assert torch.equal(rollout.tokens, own.tokens) and torch.equal(rollout.mask, own.mask)
+                torch.testing.assert_close(rollout.logprobs, own.logprobs, atol=1e-4, rtol=0)
+                assert inference.memory["weights aliased"] == 0
+            whole = InferenceEngine(plain).generate(union_ids, union_mask, seed=3, **sampling)
+            both = InferenceEngine(engine.module, tp_group=dist.group.WORLD)
+            expect(both.generate(ids, mask, seed=3, **sampling), whole, rank, ranks)
+            assert partitioned(engine.module) and both.cache is None
+            assert all(torch.equal(shard, before[name]) for name, shard in shards(engine.module).items())
+
+
+@contextmanager
+def failing(call):
+    """sample() raises at its call-th call, on every rank: a rollout that runs out of memory, say."""
+    sample, calls = hybrid_engine.sample, iter(range(1, 1000))
+
+    def fail(*arguments, **options):
+        if next(calls) == call:
+            raise RuntimeError("in the middle")
+        return sample(*arguments, **options)
+
+    hybrid_engine.sample = fail
+    try:
+        with pytest.raises(RuntimeError, match="in the middle"):
+            yield
+    finally:
+        hybrid_engine.sample = sample
+
+
+def training_goes_on(rank, ranks):
+    """
+    Rollouts and an exception in the middle of one, between two training steps, change nothing about training; the next
+    rollout is of the new weights.
+    """
+    ids, mask = prompts_of(rank)
+    for change in (lambda model: model, lora):
+        disturbed, quiet = (zero3_of(change(small_model("llama"))) for _ in range(2))
+        inference = InferenceEngine(disturbed.module, tp_group=dist.group.WORLD)
+        step(disturbed), step(quiet)
+        before = inference.generate(ids, mask, max_new_tokens=R, temperature=0)
+        for call in (1, 4):
+            with failing(call):
+                inference.generate(ids, mask, max_new_tokens=R)
+            assert partitioned(disturbed.module) and inference.cache is None
+        step(disturbed), step(quiet)
+        expected = shards(quiet.module)
+        assert all(torch.equal(shard, expected[name]) for name, shard in shards(disturbed.module).items())
+        after = inference.generate(ids, mask, max_new_tokens=R, temperature=0)
+        assert (after.logprobs - before.logprobs).abs().max() > 1e-3
+
+
+def in_turn(rank, ranks, cases):
+    for case in cases:
+        case(rank, ranks)
+
+
+@pytest.mark.parametrize("ranks, cases", [(2, (families, zero3, training_goes_on)), (4, (families, four_ranks, zero3))])
+def test_ranks(ranks, cases):
+    run_ranks(ranks, in_turn, cases)

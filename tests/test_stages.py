@@ -38,7 +38,8 @@ def test_leaves_the_promised_folders_and_numbers(output):
     lines = [json.loads(line) for line in (output / "actor" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert {"objective/kl", "objective/scores", "objective/entropy", "ppo/policy/clipfrac", "time/generate", "time/score", "time/train",
-            "tokens_per_second", "memory_gb"} <= set(lines[0])
+            "tokens_per_second", "memory_gb", "memory/weights_aliased_gb", "memory/weights_copied_gb",
+            "memory/kv_cache_gb"} <= set(lines[0])
     assert abs(lines[0]["objective/kl"]) < 1e-4 and abs(lines[0]["ppo/policy/ratio"] - 1) < 1e-5
     assert "perplexity" in (output.parent / "stdout").read_text().split("held-out result")[-1]
 
@@ -96,7 +97,7 @@ def test_chat_answers_once_and_in_a_conversation(output):
     assert len(answers) == 2 and answers[0] == answers[1]  # /reset forgot the first exchange; end of input ends the program
 
 
-@pytest.mark.parametrize("start", [("torchrun", "--nproc_per_node=2"), (sys.executable,)], ids=["torchrun", "python"])
+@pytest.mark.parametrize("start", [("torchrun", "--standalone", "--nproc_per_node=2"), (sys.executable,)], ids=["torchrun", "python"])
 def test_a_stage_starts_without_the_deepspeed_launcher(start, tmp_path):
     command = [Path(sys.executable).parent / start[0], *start[1:]] if start[0] == "torchrun" else start
     text = run(*command, ROOT / "step1_sft.py", "--max_steps", "2", "--per_device_train_batch_size", "4", "--max_eval_samples", "4",
