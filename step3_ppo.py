@@ -37,8 +37,8 @@ from data import (Collator, DataConfig, EncodedDataset, UsageError, count_steps,
                   load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
                            RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model,
-                           memory_gb, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group, to_device,
-                           train_engine, train_step, write_summary)
+                           memory_gb, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group,
+                           to_device, train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
