@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh MODEL HARDWARE [flags for all three stages]
 #
-#   MODEL      tiny (a 2M-parameter OPT, trained from nothing on the built-in task) | opt-125m | opt-350m | opt-1.3b | opt-2.7b |
+#   MODEL      tiny (a 1M-parameter OPT, trained from nothing on the built-in task) | opt-125m | opt-350m | opt-1.3b | opt-2.7b |
 #              opt-6.7b | opt-13b | opt-30b | opt-66b | llama-2-7b | llama-2-13b | llama-2-70b | a model folder | a hub name
 #   HARDWARE   cpu | 1gpu | 1node (all GPUs of this host) | multinode (the hosts of $HOSTFILE, default /job/hostfile)
 #
@@ -51,11 +51,12 @@ ppo="--actor_learning_rate 9.65e-6 --critic_learning_rate 5e-6 --num_warmup_step
 case $model in
   tiny)
     base=tiny critic=$out/sft data="--data_path toy"
-    sft="--learning_rate 1e-3 --num_warmup_steps 30 --max_steps 600 --per_device_train_batch_size 16 --gradient_accumulation_steps 4"
-    reward="--learning_rate 5e-4 --num_warmup_steps 30 --max_steps 500 --per_device_train_batch_size 16 --gradient_accumulation_steps 2"
-    ppo="--actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --num_warmup_steps 5 --max_steps 80 --per_device_generation_batch_size 64
-         --per_device_train_batch_size 64"
-    data+=" --max_answer_seq_len 40" ;;
+    sft="--learning_rate 2e-3 --num_warmup_steps 60 --max_steps 1500 --per_device_train_batch_size 16
+         --gradient_accumulation_steps 2"
+    reward="--learning_rate 3e-4 --num_warmup_steps 30 --max_steps 1200 --per_device_train_batch_size 16"
+    ppo="--actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --num_warmup_steps 5 --max_steps 120
+         --per_device_generation_batch_size 64 --per_device_train_batch_size 64"
+    data+=" --max_answer_seq_len 40 --logging_steps 50" ;;
   opt-125m | opt-350m | opt-1.3b | opt-2.7b)
     base=facebook/$model
     sft+=" --per_device_train_batch_size 16 --gradient_accumulation_steps 4"
