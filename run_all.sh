@@ -69,7 +69,7 @@ case $model in
     ppo+=" --per_device_generation_batch_size 32 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --gradient_checkpointing"
     if [ "$hardware" = 1gpu ]; then  # the weights alone fill the card: adapters, and the reference model for nothing
       sft+=" --lora_dim 128 --only_optimize_lora --learning_rate 5e-4"
-      ppo+=" --lora_dim 128 --only_optimize_lora --actor_learning_rate 5e-4"
+      ppo+=" --lora_dim 128 --only_optimize_lora --actor_learning_rate 5e-4 --critic_learning_rate 5e-4"
     fi ;;
   */* | .*)
     base=$model critic=$out/sft
