@@ -535,7 +535,7 @@ def split_lora_state(model, state):
 def save_adapter(adapters, head, model, folder):
     """
     The adapter in PEFT's format: peft.PeftModel.from_pretrained(base, folder) loads it. `head` (name -> tensor) is what
-    else was trained, a reward model's score: PEFT keeps its own copy of such modules.
+    else was trained, a reward model's score: PEFT looks for it in every adapter of task type SEQ_CLS.
     """
     from safetensors.torch import save_file
     folder.mkdir()
@@ -545,8 +545,8 @@ def save_adapter(adapters, head, model, folder):
     save_file({f"base_model.model.{name}": t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM", "r": dim, "lora_alpha": layer.scaling * dim,
-        "lora_dropout": 0.0, "bias": "none", "target_modules": list(layers), "modules_to_save": ["score"] if head else None,
-        "inference_mode": True, "fan_in_fan_out": layer.transposed, "base_model_name_or_path": model.config._name_or_path})
+        "lora_dropout": 0.0, "bias": "none", "target_modules": list(layers), "inference_mode": True,
+        "fan_in_fan_out": layer.transposed, "base_model_name_or_path": model.config._name_or_path})
 
 
 # -----------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
 from data import Collator, DataConfig, EncodedDataset, load_records, load_tokenizer, make_dataloader
-from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
+from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, critic_loss
 
 
 def small_models(kind, folder, tokenizer):
@@ -89,6 +89,17 @@ def test_score_stands_on_the_last_response_token(trainer):
     rewards = x.returns  # gamma = 1 and KL = 0: the last token's advantage is score - value, so its return is the score
     last = x.mask.sum(1).long() - 1
     torch.testing.assert_close(rewards.gather(1, last[:, None]).squeeze(1), x.scores, atol=1e-4, rtol=0)
+
+
+def test_values_inside_the_clip_are_not_counted_as_clipped():
+    """old + (value - old) is not value in floating point: a clip computed so counts rounding."""
+    torch.manual_seed(0)
+    old, mask = 0.05 * torch.randn(64, 8), torch.ones(64, 8)
+    values = old + 0.19 * (2 * torch.rand(64, 8) - 1)
+    returns = values + 0.01 * torch.randn(64, 8)  # near, so that the last bit of a value shows in its error
+    assert critic_loss(values, old, returns, mask, 0.2)[1] == 0
+    assert critic_loss(values + 1, old, values, mask, 0.2)[1] == 0  # outside, and the plain error is the larger
+    assert critic_loss(values + 1, old, values + 1, mask, 0.2)[1] == 512
 
 
 def test_values_are_of_the_state_before_each_token(trainer):
