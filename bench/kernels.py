@@ -112,10 +112,13 @@ def bench_logprob():
 
 def bench_sampling():
     logits, uniform = randn(B, V, dtype=torch.float32), torch.rand(B, device=DEVICE)
-    for options in ({}, dict(temperature=0), dict(top_k=50), dict(top_p=0.9)):
-        named = ", ".join(f"{k}={v}" for k, v in options.items())
-        yield (f"sample ({B}, {V}) {named}", lambda: sampling.sample(logits, uniform, **options),
-               lambda: sampling.sample_reference(logits, uniform, **options), size(logits), 0)
+    every = ({}, dict(temperature=0), dict(temperature=0.7), dict(top_k=50), dict(top_p=0.9),
+             dict(temperature=0.7, top_k=50, top_p=0.9))
+    for x, kind in ((logits, ""), (logits.to(DTYPE), " bf16")):
+        for options in every:
+            named = ", ".join(f"{k}={v}" for k, v in options.items())
+            yield (f"sample ({B}, {V}){kind} {named}", lambda: sampling.sample(x, uniform, **options),
+                   lambda: sampling.sample_reference(x, uniform, **options), size(x), 0)
     yield (f"sample ({B}, {V}) against multinomial", lambda: sampling.sample(logits, uniform),
            lambda: torch.multinomial(logits.softmax(-1), 1), size(logits), 0)
 
