@@ -136,16 +136,15 @@ def bench_activation():
     for name in activation.FORMS:
         yield (f"act {name} ({B}, {4 * C})", lambda: activation.act(x, name, bias),
                lambda: activation.act_reference(x, name, bias), 2 * size(x), 0)
-    gate_up = randn(B, 8 * C)
-    yield (f"gated_act silu ({B}, {8 * C})", lambda: activation.gated_act(gate_up, "silu"),
-           lambda: activation.gated_act_reference(gate_up, "silu"), 1.5 * size(gate_up), 0)
+    gate, up = randn(B, 8 * C).chunk(2, dim=-1)
+    yield (f"gated_act silu ({B}, {8 * C})", lambda: activation.gated_act(gate, up, "silu"),
+           lambda: activation.gated_act_reference(gate, up, "silu"), 3 * size(gate), 0)
 
 
 def bench_rotary():
-    qkv, caches = randn(B, 3 * H, D), randn(2, B, H, T, D)
-    q, k, v = qkv.split(H, dim=1)
-    cos, sin = randn(T, D // 2, dtype=torch.float32), randn(T, D // 2, dtype=torch.float32)
-    args = (q, k, v, cos, sin, *caches, torch.tensor(T // 2, device=DEVICE), integers(T, B))
+    qkv, cache = randn(B, 3 * H, D), randn(2, B, H, T, D)
+    cos, sin = rotary.rotary_tables(torch.rand(D // 2, device=DEVICE), B)
+    args = (qkv, cos, sin, cache, torch.tensor(T // 2, device=DEVICE))
     yield (f"rotary_cache ({B}, {H}, {D})", lambda: rotary.rotary_cache(*args),
            lambda: rotary.rotary_cache_reference(*args), 2 * size(qkv), 0)
 
