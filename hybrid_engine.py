@@ -51,7 +51,12 @@ from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
 from data import UsageError, flag, one_sentence, parse_config
+from kernels.activation import ALIASES, FORMS
+from kernels.decode_attention import decode_attention, decode_bias, score_bias
+from kernels.linear import Linear, can_pack, pack
 from kernels.logprob import linear_logprobs, token_logprobs
+from kernels.norm import add_layer_norm, add_rms_norm
+from kernels.rotary import rotary_cache, rotary_tables, rotate_
 from kernels.sampling import sample
 
 HERE = Path(__file__).resolve().parent
@@ -674,12 +679,8 @@ class KVCache:
     def use(self, rows):
         """The first `rows` rows are in flight: makes the views of each layer that writing and reading go through."""
         self.rows = rows
-        self.layers = [layer[:, :rows] for layer in self.data]               # (2, rows, KVH, T, D)
-        self.flat = [layer.flatten(1, 2).unbind() for layer in self.layers]  # keys, values: (rows * KVH, T, D) each
-
-    def write(self, layer, columns, kv):
-        """kv (rows, 2, KVH, D) for one column, (rows, 2, KVH, columns, D) for a slice of them."""
-        self.layers[layer][:, :, :, columns] = kv.transpose(0, 1)
+        self.layers = [layer[:, :rows] for layer in self.data]  # (2, rows, KVH, T, D)
+        self.keys_values = [layer.unbind() for layer in self.layers]
 
     def keep(self, rows, length):
         """Compaction: the rows of the index `rows` (ascending) move to the front, with their first `length` columns."""
@@ -741,17 +742,11 @@ FAMILIES = {
                        unfuse=three_per_head, out="attention.dense", up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h"),
 }
 
-# name in a config -> the function, and its two names in oneDNN, which applies it inside the matmul
-TANH_GELU = (lambda x: F.gelu(x, approximate="tanh"), "gelu", "tanh")
-ACTIVATIONS = {"relu": (torch.relu, "relu", ""), "gelu": (F.gelu, "gelu", "none"), "silu": (F.silu, "swish", ""),
-               "gelu_new": TANH_GELU, "gelu_pytorch_tanh": TANH_GELU}
-
-
 def attention_window(config, layer):
-    """How many columns, its own included, a query of this layer sees; None for all."""
+    """How many columns, its own included, a query of this layer sees; 0 for all."""
     kinds = getattr(config, "attention_layers", None) or getattr(config, "layer_types", None)  # GPT-Neo; Qwen
     size = getattr(config, "window_size", None) or getattr(config, "sliding_window", None)
-    return size if kinds is None or kinds[layer] in ("local", "sliding_attention") else None
+    return size or 0 if kinds is None or kinds[layer] in ("local", "sliding_attention") else 0
 
 
 def attention_scale(config, layer, head_dim):
@@ -787,8 +782,8 @@ def why_unsupported(model):
         return f"model type {config.model_type!r} is not in hybrid_engine.FAMILIES ({', '.join(sorted(FAMILIES))})"
     family = FAMILIES[config.model_type]
     activation = getattr(config, family.activation, "gelu_new")
-    if activation not in ACTIVATIONS:
-        return f"activation {activation!r} is not in hybrid_engine.ACTIVATIONS ({', '.join(ACTIVATIONS)})"
+    if ALIASES.get(activation, activation) not in FORMS:
+        return f"activation {activation!r} is not in kernels/activation.py ({', '.join([*FORMS, *ALIASES])})"
     if getattr(config, "apply_residual_connection_post_layernorm", False):
         return "its residual connection starts after the norm (apply_residual_connection_post_layernorm)"
     rope_type = getattr(getattr(attrgetter(family.trunk)(model), "rotary_emb", None), "rope_type", "default")
@@ -800,45 +795,21 @@ def why_unsupported(model):
 # -----------------------------------------------------------------------------
 # the canonical decoder
 
-def can_pack(weight):
-    """Whether oneDNN has a fast matmul for it: on a CPU, in float32, or in bf16 where the processor knows that."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16
-                                             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class Linear:
-    """residual + activation(x W^T + b). Packed it is one call of oneDNN, else the same in plain PyTorch."""
-
-    def __init__(self, weight, bias, activation, packed):
-        self.weight, self.bias, self.packed = weight, bias, packed
-        self.activation, self.name, self.variant = ACTIVATIONS[activation] if activation else (None, "none", "")
-
-    def __call__(self, x, residual=None):
-        if self.packed and residual is None:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.name, [], self.variant)
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-        y = F.linear(x, self.weight, self.bias)
-        y = self.activation(y) if self.activation else y
-        return y if residual is None else residual + y
-
-
 class Norm:
     """LayerNorm, or RMSNorm where the module has no bias attribute."""
 
-    def __init__(self, module, own, one_plus):
-        self.rms = not hasattr(module, "bias")
+    def __init__(self, module, own, one_plus, new_ones):
+        self.rms, self.one_plus = not hasattr(module, "bias"), one_plus  # Gemma scales with 1 + w
         self.eps = getattr(module, "variance_epsilon", None) or module.eps
         self.weight, self.bias = own(module.weight), None if self.rms else own(module.bias)
-        if one_plus:  # Gemma scales with 1 + w, in float32
-            self.weight = 1 + self.weight.float()
+        if self.weight is None:  # OPT without elementwise_affine
+            self.weight = new_ones(module.normalized_shape)
 
-    def __call__(self, x):
+    def __call__(self, x, residual=None):
+        """-> (x + residual) normed, x + residual"""
         if self.rms:
-            return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).to(x.dtype)
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+            return add_rms_norm(x, residual, self.weight, self.eps, self.one_plus)
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 @dataclass
@@ -852,7 +823,7 @@ class Layer:
     up: Linear
     down: Linear
     scale: float
-    window: int            # None: every column
+    window: int            # 0: every column
 
 
 class Decoder:
@@ -885,8 +856,7 @@ class Decoder:
         self.qk_eps = getattr(config, "rms_norm_eps", None)
         self.gemma = config.model_type == "gemma"
         self.rotary = rotary_frequencies(model)
-        self.pair_order = self._pair_order()
-        self.alibi = alibi_slopes(H)[self._share(H)] if config.model_type == "bloom" else None
+        self.interleaved = self.rotary is not None and self.rotary[2]
 
         self.pack = pack
         self.partitioned = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3
@@ -900,6 +870,7 @@ class Decoder:
             self.embed_norm, self.norm = self._norm(embed_norm), self._norm(norm)
             self.project_in, self.project_out = self._linear(project_in), self._linear(project_out)
             self.head = self._linear(head)
+        self.alibi = alibi_slopes(H)[self._share(H)].to(self.embed.device) if config.model_type == "bloom" else None
         self.embed_scale = self.embed.new_tensor(config.hidden_size ** 0.5) if self.gemma else None
         self.wpe_offset = getattr(wpe, "offset", 0)  # OPT: 2
         self.layers = []
@@ -924,13 +895,10 @@ class Decoder:
         self.held.append(tensor.detach().clone() if self.partitioned and not tensor.is_mkldnn else tensor.detach())
         return self.held[-1]
 
-    def _matrix(self, weight, bias, activation=None):
-        packed = self.pack and can_pack(weight)
-        if packed:  # private, but what torch.compile calls for frozen weights; 32 rows is a hint, not a limit
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)
-        return Linear(self._own(weight), self._own(bias), activation, packed)
+    def _matrix(self, weight, bias):
+        return Linear(self._own(pack(weight) if self.pack and can_pack(weight) else weight), self._own(bias))
 
-    def _linear(self, module, activation=None, split=None):
+    def _linear(self, module, split=None):
         """split "out": this rank's share of the outputs. "in": of the inputs; the sum over ranks is then the result."""
         if not module:
             return None
@@ -939,13 +907,13 @@ class Decoder:
             weight, bias = weight[self._share(weight.size(0))], None if bias is None else bias[self._share(len(bias))]
         if split == "in":
             weight, bias = weight[:, self._share(weight.size(1))], bias if self.rank == 0 else None
-        return self._matrix(weight, bias, activation)
+        return self._matrix(weight, bias)
 
     def _share(self, n):
         return slice(self.rank * n // self.ranks, (self.rank + 1) * n // self.ranks)
 
     def _norm(self, module):
-        return module and Norm(module, self._own, self.gemma)
+        return module and Norm(module, self._own, self.gemma, self.embed.new_ones)
 
     def _layer(self, layer, scale, window):
         family, module = self.family, lambda name: attrgetter(name)(layer) if name else None
@@ -959,8 +927,7 @@ class Decoder:
             norm_1=self._norm(module(family.norm_1)), norm_2=self._norm(module(family.norm_2)),
             qkv=self._matrix(self._heads([linear_weight(m) for m in qkv]), qkv_bias), qk_norm=qk_norm,
             out=self._linear(module(family.out), split="in"),
-            gate=self._linear(module(family.gate), self.activation, split="out"),
-            up=self._linear(module(family.up), None if family.gate else self.activation, split="out"),
+            gate=self._linear(module(family.gate), split="out"), up=self._linear(module(family.up), split="out"),
             down=self._linear(module(family.down), split="in"), scale=scale, window=window)
 
     def _heads(self, rows):
@@ -971,136 +938,122 @@ class Decoder:
             q, k, v = (r.unflatten(0, (-1, self.head_dim)) for r in rows)
         q = q[self._share(len(q))]
         k, v = (x[self.first_kv_head:self.first_kv_head + self.kv_heads] for x in (k, v))
-        if self.pair_order is not None:
-            q, k = q[:, self.pair_order], k[:, self.pair_order]
         return torch.cat([q, k, v]).flatten(0, 1)
-
-    def _pair_order(self):
-        """
-        Rotary pairs are (i, i + D / 2) here, over the whole head. Other layouts become so by re-ordering the rows of Wq
-        and Wk within each head, which leaves q . k as it was. (D,) int64, or None where the order is so already.
-        """
-        if self.rotary is None or (len(self.rotary[0]) * 2 == self.head_dim and not self.rotary[2]):
-            return None
-        r = 2 * len(self.rotary[0])
-        pairs = torch.arange(r).view(-1, 2) if self.rotary[2] else torch.arange(r).view(2, -1).t()
-        still = torch.arange(r, self.head_dim).view(2, -1).t()  # not rotated: pairs of angle 0
-        return torch.cat([pairs, still]).t().flatten()
 
     # running
 
-    def prepare(self, start, length):
-        """Tables for prompts whose first token is in column start (B,), in a cache of `length` columns."""
-        columns, dtype = torch.arange(length, device=start.device), self.embed.dtype
-        self.cos = self.sin = None
-        if self.rotary:  # (T, D), the sign of the rotation in sin
-            frequencies, factor, _ = self.rotary
-            angles, still = columns[:, None] * frequencies.to(start.device), (0, self.head_dim // 2 - len(frequencies))
-            cos, sin = F.pad(angles.cos() * factor, still, value=1.0), F.pad(angles.sin() * factor, still)
-            self.cos, self.sin = torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
-        # (B, 1 or H, T), added to the scores: ALiBi's slope x position; on padding something huge but finite, because a
-        # query that is padding itself sees nothing else, and must not give NaN
-        bias = torch.zeros(len(start), 1, length, device=start.device)
-        if self.alibi is not None:
-            bias = self.alibi[:, None].to(start.device) * (columns - start[:, None])[:, None]
-        self.bias = bias.to(dtype).masked_fill((columns < start[:, None])[:, None], torch.finfo(dtype).min / 2)
-
-    def keep(self, rows):
-        """Rows leave the batch: only those of the index `rows` stay."""
-        self.bias = self.bias[rows]
-
     def _run(self, ids, positions, attention):
         """
-        ids, positions (...) -> hidden states (..., E) before the final norm.
+        ids, positions (...) -> x, delta (..., E): the hidden states before the final norm are their sum, and x if delta
+        is None. A sum waits for the norm after it, which on a GPU adds on its way.
 
-        attention(i, layer, q, kv) -> (..., H D), from q (..., H, D) and kv (..., 2, KVH, D)
+        attention(i, layer, qkv) -> (..., H D), from qkv (..., H + 2 KVH, D) before rotation, which it may overwrite
         """
-        x = F.embedding(ids, self.embed)
+        x, delta = F.embedding(ids, self.embed), None
         x = x * self.embed_scale if self.gemma else x
-        x = self.embed_norm(x) if self.embed_norm else x
+        x = self.embed_norm(x)[0] if self.embed_norm else x
         x = self.project_in(x) if self.project_in else x
         x = x + F.embedding(positions + self.wpe_offset, self.wpe) if self.wpe is not None else x
-        rotation = (self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)) if self.rotary else None
         for i, layer in enumerate(self.layers):
-            h = x if self.post_norm else layer.norm_1(x)
-            a = attention(i, layer, *self._qkv(layer, h, rotation))
+            h, x = (x, x) if self.post_norm else layer.norm_1(x, delta)
+            a = attention(i, layer, self._qkv(layer, h))
             if self.parallel:
-                h = layer.norm_2(x) if layer.norm_2 else h
-                x = self._sum(self._mlp(layer, h, residual=layer.out(a, residual=self._once(x))))
+                h = layer.norm_2(x)[0] if layer.norm_2 else h
+                x, delta = self._plus(x, (layer.out, a), (layer.down, self._mlp(layer, h)))
             elif self.post_norm:
-                x = layer.norm_1(self._sum(layer.out(a, residual=self._once(x))))
-                x = layer.norm_2(self._sum(self._mlp(layer, x, residual=self._once(x))))
+                x, _ = layer.norm_1(*self._plus(x, (layer.out, a)))
+                x, _ = layer.norm_2(*self._plus(x, (layer.down, self._mlp(layer, x))))
             else:
-                x = self._sum(layer.out(a, residual=self._once(x)))
-                x = self._sum(self._mlp(layer, layer.norm_2(x), residual=self._once(x)))
-        return x
+                h, x = layer.norm_2(*self._plus(x, (layer.out, a)))
+                x, delta = self._plus(x, (layer.down, self._mlp(layer, h)))
+        return x, delta
 
-    def _once(self, x):
-        return x if self.rank == 0 else None  # the ranks' parts are summed: one of them brings the residual
-
-    def _sum(self, x):
+    def _plus(self, x, *products):
+        """x + the sum of linear(a), over the pairs (linear, a) and the group's ranks, as _run returns it."""
+        at_once = self.group is None and products[0][0].packed  # oneDNN adds within the product
+        total = x if at_once else None
+        for linear, a in products:
+            total = linear(a, residual=total)
         if self.group:
-            dist.all_reduce(x, group=self.group)
-        return x
+            dist.all_reduce(total, group=self.group)
+        return (total, None) if at_once else (x, total)
 
-    def _mlp(self, layer, h, residual):
-        return layer.down(layer.gate(h) * layer.up(h) if layer.gate else layer.up(h), residual)
+    def _mlp(self, layer, h):
+        if layer.gate:
+            return layer.gate.activated(h, self.activation, times=layer.up(h))
+        return layer.up.activated(h, self.activation)
 
-    def _qkv(self, layer, x, rotation):
-        """x (..., E) -> q (..., H, D) and kv (..., 2, KVH, D), after norm and rotation."""
+    def _qkv(self, layer, x):
+        """x (..., E) -> (..., H + 2 KVH, D), q and k normed where the family does so."""
         qkv = layer.qkv(x)
         qkv = qkv.view(*qkv.shape[:-1], -1, self.head_dim)
-        qk = qkv.narrow(-2, 0, self.heads + self.kv_heads)
         if layer.qk_norm is not None:
+            qk = qkv.narrow(-2, 0, self.heads + self.kv_heads)
             qk.copy_(F.rms_norm(qk, qk.shape[-1:], eps=self.qk_eps) * layer.qk_norm)
-        if rotation:
-            cos, sin = rotation
-            qk.copy_(torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin))
-        kv = qkv.narrow(-2, self.heads, 2 * self.kv_heads)
-        return qkv.narrow(-2, 0, self.heads), kv.view(*kv.shape[:-2], 2, self.kv_heads, self.head_dim)
+        return qkv
 
-    def _logits(self, x):
-        x = self.norm(x) if self.norm else x
+    def _rotation(self, positions):
+        return (self.cos[positions], self.sin[positions]) if self.rotary else (None, None)
+
+    def _logits(self, x, delta):
+        x = self.norm(x, delta)[0] if self.norm else x if delta is None else x + delta
         return self.head(self.project_out(x) if self.project_out else x)
 
     def prefill(self, ids, start, cache, copies):
-        """Left-padded prompts (B, P) -> logits (B * copies, V) of the next token; fills the cache's first P columns."""
-        P = ids.size(1)
+        """
+        Left-padded prompts (B, P), whose first tokens are in the columns start (B,) -> logits (B * copies, V) of the
+        next token; fills the cache's first P columns, and makes the tables that the steps after it need.
+        """
+        P, T, dtype = ids.size(1), cache.data.size(-2), self.embed.dtype
+        if self.rotary:
+            frequencies, factor, interleaved = self.rotary
+            tables = rotary_tables(frequencies.to(ids.device), T, factor, interleaved)
+            self.cos, self.sin = (table.to(dtype) for table in tables)
         query, key = torch.arange(P, device=ids.device)[:, None], torch.arange(P, device=ids.device)
-        masks = {}  # window -> (B, 1 or H, P, P)
+        bias, masks = score_bias(start, P, dtype, self.alibi)[:, :, None], {}  # window -> (B, 1 or H, P, P)
         for window in {layer.window for layer in self.layers}:
-            hidden = (key > query) | (key <= query - (window or P))
-            masks[window] = self.bias[:, :, None, :P].masked_fill(hidden, -math.inf)
+            masks[window] = bias.masked_fill((key > query) | (key <= query - (window or P)), -math.inf)
+        positions = (key - start[:, None]).clamp(min=0)
+        rotation = self._rotation(positions)
 
-        def attention(i, layer, q, kv):
-            q, kv = q.transpose(1, 2), kv.permute(0, 2, 3, 1, 4)  # (B, H, P, D), (B, 2, KVH, P, D)
-            cache.write(i, slice(P), kv.repeat_interleave(copies, 0))
-            k, v = kv.repeat_interleave(self.heads // self.kv_heads, 2).unbind(1)
+        def attention(i, layer, qkv):
+            if self.rotary:
+                rotate_(qkv[:, :, :-self.kv_heads], *rotation, self.interleaved)
+            q, kv = qkv.split([self.heads, 2 * self.kv_heads], dim=2)
+            q, kv = q.transpose(1, 2), kv.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)  # (B, H, P, D), (2, B, KVH, P, D)
+            cache.layers[i][:, :, :, :P] = kv.repeat_interleave(copies, 1)
+            k, v = kv.repeat_interleave(self.heads // self.kv_heads, 2)
             a = F.scaled_dot_product_attention(q, k, v, masks[layer.window], scale=layer.scale)
             return a.transpose(1, 2).flatten(2)
 
-        x = self._run(ids, (key - start[:, None]).clamp(min=0), attention)
-        self.bias = self.bias.repeat_interleave(copies, 0)
-        return self._logits(x[:, -1]).repeat_interleave(copies, 0)  # left-padded: the last token is in the last column
+        x, delta = self._run(ids, positions, attention)
+        self._begin(start.repeat_interleave(copies, 0), T)
+        # left-padded: the last token is in the last column
+        return self._logits(x[:, -1], None if delta is None else delta[:, -1]).repeat_interleave(copies, 0)
+
+    def keep(self, rows):
+        """Rows leave the batch: only those of the index `rows` stay."""
+        self._begin(self.start[rows], self.length)
+
+    def _begin(self, start, length):
+        """What the steps ask about the rows in flight: their first columns, and the CPU's bias made of them."""
+        self.start, self.length = start, length
+        self.bias = decode_bias(start, length, self.kv_heads, self.embed.dtype, self.alibi)
 
     def step(self, tokens, positions, column, cache):
         """
-        One token a row, (B,), written to `column` (int, the same for all) -> logits (B, V) of the next.
+        One token a row, (B,), written to `column` (0-dim, the same for all) -> logits (B, V) of the next.
 
-        Nothing in here waits for the device; weights, cache and tables keep their addresses as long as no row leaves.
+        On a GPU nothing in here waits for it; weights, cache and tables keep their addresses as long as no row leaves.
         """
-        bias = self.bias.expand(-1, self.kv_heads, -1).flatten(0, 1).unsqueeze(-1)  # (B KVH, T, 1)
+        rotation, end = self._rotation(positions), column + 1
 
-        def attention(i, layer, q, kv):
-            cache.write(i, column, kv)
-            seen = slice(max(0, column + 1 - layer.window) if layer.window else 0, column + 1)
-            k, v = cache.flat[i]
-            q = q.reshape(len(k), -1, self.head_dim)  # (B KVH, G, D), G = H / KVH queries a key head: none is repeated
-            # k q^T, not q k^T: oneDNN needs 0.47 instead of 1.22 ms for 192 x (192, 64) in bf16 on one core
-            scores = torch.baddbmm(bias[:, seen], k[:, seen], q.transpose(1, 2), alpha=layer.scale)
-            return torch.bmm(scores.transpose(1, 2).softmax(-1), v[:, seen]).view(len(tokens), -1)
+        def attention(i, layer, qkv):
+            q = rotary_cache(qkv, *rotation, cache.layers[i], column, self.interleaved)
+            return decode_attention(q, *cache.keys_values[i], self.start, end, layer.scale, self.alibi, layer.window,
+                                    self.bias).flatten(1)
 
-        return self._logits(self._run(tokens, positions, attention))
+        return self._logits(*self._run(tokens, positions, attention))
 
 
 # -----------------------------------------------------------------------------
@@ -1164,13 +1117,13 @@ class InferenceEngine:
         # a draw for every row and step, whether or not the row is still in flight: compaction cannot change a sample
         uniforms = torch.rand(max_new_tokens, rows, generator=torch.Generator(device).manual_seed(seed), device=device)
         live, done = torch.arange(rows, device=device), torch.zeros(rows, dtype=torch.bool, device=device)
-        positions = (P - start).repeat_interleave(copies)  # of the next token to go in
+        # of the next token to go in: its place in the row's text, and its place in the cache
+        positions, column = (P - start).repeat_interleave(copies), torch.tensor(P, device=device)
         sync_every = self.sync_every or (8 if ids.is_cuda else 1)
         self.row_steps = 0
 
         with self._rollout_memory(rows, P + max_new_tokens) as (decoder, cache), torch.inference_mode():
             # 1. prefill: every prompt once, whatever the number of its copies
-            decoder.prepare(start, P + max_new_tokens)
             logits = decoder.prefill(ids.masked_fill(mask == 0, 0), start, cache, copies)
             for step in range(max_new_tokens):
                 # 2. sample; rank 0 of a tp_group for all, so that neither seeds nor rounding can part its ranks
@@ -1192,8 +1145,9 @@ class InferenceEngine:
                         decoder.keep(unfinished)
                         live, done, tokens, positions = (x[unfinished] for x in (live, done, tokens, positions))
                 # 4. decode: the sampled token goes in, the logits of the next come out
-                logits = decoder.step(tokens, positions, P + step, cache)
+                logits = decoder.step(tokens, positions, column, cache)
                 positions += 1
+                column += 1
                 self.row_steps += len(live)
         own = slice(first * copies, (first + count) * copies)
         return responses[own], logprobs[own]

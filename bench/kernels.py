@@ -112,10 +112,13 @@ def bench_logprob():
 
 def bench_sampling():
     logits, uniform = randn(B, V, dtype=torch.float32), torch.rand(B, device=DEVICE)
-    for options in ({}, dict(temperature=0), dict(top_k=50), dict(top_p=0.9)):
-        named = ", ".join(f"{k}={v}" for k, v in options.items())
-        yield (f"sample ({B}, {V}) {named}", lambda: sampling.sample(logits, uniform, **options),
-               lambda: sampling.sample_reference(logits, uniform, **options), size(logits), 0)
+    every = ({}, dict(temperature=0), dict(temperature=0.7), dict(top_k=50), dict(top_p=0.9),
+             dict(temperature=0.7, top_k=50, top_p=0.9))
+    for x, kind in ((logits, ""), (logits.to(DTYPE), " bf16")):
+        for options in every:
+            named = ", ".join(f"{k}={v}" for k, v in options.items())
+            yield (f"sample ({B}, {V}){kind} {named}", lambda: sampling.sample(x, uniform, **options),
+                   lambda: sampling.sample_reference(x, uniform, **options), size(x), 0)
     yield (f"sample ({B}, {V}) against multinomial", lambda: sampling.sample(logits, uniform),
            lambda: torch.multinomial(logits.softmax(-1), 1), size(logits), 0)
 
@@ -133,16 +136,15 @@ def bench_activation():
     for name in activation.FORMS:
         yield (f"act {name} ({B}, {4 * C})", lambda: activation.act(x, name, bias),
                lambda: activation.act_reference(x, name, bias), 2 * size(x), 0)
-    gate_up = randn(B, 8 * C)
-    yield (f"gated_act silu ({B}, {8 * C})", lambda: activation.gated_act(gate_up, "silu"),
-           lambda: activation.gated_act_reference(gate_up, "silu"), 1.5 * size(gate_up), 0)
+    gate, up = randn(B, 8 * C).chunk(2, dim=-1)
+    yield (f"gated_act silu ({B}, {8 * C})", lambda: activation.gated_act(gate, up, "silu"),
+           lambda: activation.gated_act_reference(gate, up, "silu"), 3 * size(gate), 0)
 
 
 def bench_rotary():
-    qkv, caches = randn(B, 3 * H, D), randn(2, B, H, T, D)
-    q, k, v = qkv.split(H, dim=1)
-    cos, sin = randn(T, D // 2, dtype=torch.float32), randn(T, D // 2, dtype=torch.float32)
-    args = (q, k, v, cos, sin, *caches, torch.tensor(T // 2, device=DEVICE), integers(T, B))
+    qkv, cache = randn(B, 3 * H, D), randn(2, B, H, T, D)
+    cos, sin = rotary.rotary_tables(torch.rand(D // 2, device=DEVICE), B)
+    args = (qkv, cos, sin, cache, torch.tensor(T // 2, device=DEVICE))
     yield (f"rotary_cache ({B}, {H}, {D})", lambda: rotary.rotary_cache(*args),
            lambda: rotary.rotary_cache_reference(*args), 2 * size(qkv), 0)
 

@@ -2,7 +2,7 @@
 The MLP's activation with what stands beside it: the bias before, or the product of a gated MLP.
 
     act(x, name, bias)       f(x + bias)                                  OPT: relu, GPT-2: gelu_tanh, Pythia: gelu
-    gated_act(x, name)       f(x[:, :F]) * x[:, F:]                       SwiGLU: silu, GeGLU: gelu or gelu_tanh
+    gated_act(gate, up, name)   f(gate) * up                              SwiGLU: silu, GeGLU: gelu or gelu_tanh
 
     relu       max(x, 0)                            gelu       x/2 (1 + erf(x / sqrt 2))
     silu       x sigmoid(x)                         gelu_tanh  x/2 (1 + tanh u) = x sigmoid(2u),
@@ -39,9 +39,8 @@ def act_reference(x, name, bias=None):
     return FORMS[ALIASES.get(name, name)](x if bias is None else x + bias)
 
 
-def gated_act_reference(gate_up, name):
-    """The definition. gate_up (..., 2F), the gate first -> (..., F)."""
-    gate, up = gate_up.chunk(2, dim=-1)
+def gated_act_reference(gate, up, name):
+    """The definition. gate, up (..., F) -> (..., F)."""
     return FORMS[ALIASES.get(name, name)](gate) * up
 
 
@@ -63,27 +62,31 @@ if triton is not None:
         return y
 
     @triton.jit
-    def _act_kernel(x_ptr, bias_ptr, out_ptr, stride_n, F, NAME: tl.constexpr, HAS_BIAS: tl.constexpr,
-                    GATED: tl.constexpr, BLOCK_F: tl.constexpr):
+    def _act_kernel(x_ptr, bias_ptr, up_ptr, out_ptr, stride_xn, stride_un, F, NAME: tl.constexpr,
+                    HAS_BIAS: tl.constexpr, GATED: tl.constexpr, BLOCK_F: tl.constexpr):
         n = tl.program_id(0).to(tl.int64)
         f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-        x = tl.load(x_ptr + n * stride_n + f, mask=f < F, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + n * stride_xn + f, mask=f < F, other=0.0).to(tl.float32)
         if HAS_BIAS:
             x += tl.load(bias_ptr + f, mask=f < F, other=0.0).to(tl.float32)
         y = _activate(x, NAME)
         if GATED:
-            y *= tl.load(x_ptr + n * stride_n + F + f, mask=f < F, other=0.0).to(tl.float32)
+            y *= tl.load(up_ptr + n * stride_un + f, mask=f < F, other=0.0).to(tl.float32)
         tl.store(out_ptr + n * F + f, y, mask=f < F)
 
 
-def _launch(x, name, bias, gated):
-    rows = x.reshape(-1, x.size(-1)) if x.stride(-1) == 1 else x.contiguous().view(-1, x.size(-1))
-    width = x.size(-1) // 2 if gated else x.size(-1)
-    out = torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)
-    BLOCK_F = min(triton.next_power_of_2(width), 1024)
-    _act_kernel[(rows.size(0), triton.cdiv(width, BLOCK_F))](rows, rows if bias is None else bias, out, rows.stride(0),
-                                                             width, NAME=name, HAS_BIAS=bias is not None, GATED=gated,
-                                                             BLOCK_F=BLOCK_F)
+def _rows(x):
+    return x.reshape(-1, x.size(-1)) if x.stride(-1) == 1 else x.contiguous().view(-1, x.size(-1))
+
+
+def _launch(x, name, bias=None, up=None):
+    rows, up_rows, F = _rows(x), None if up is None else _rows(up), x.size(-1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    BLOCK_F = min(triton.next_power_of_2(F), 1024)
+    _act_kernel[(rows.size(0), triton.cdiv(F, BLOCK_F))](
+        rows, rows if bias is None else bias, rows if up is None else up_rows, out, rows.stride(0),
+        0 if up is None else up_rows.stride(0), F, NAME=name, HAS_BIAS=bias is not None, GATED=up is not None,
+        BLOCK_F=BLOCK_F)
     return out
 
 
@@ -115,15 +118,15 @@ def act(x, name, bias=None):
     if triton is None or not (x.is_cuda or INTERPRETED):
         x = x if bias is None else x + bias
         return (FORMS if x.is_cuda else CPU_FORMS)[name](x)
-    return _launch(x, name, bias, gated=False)
+    return _launch(x, name, bias)
 
 
-def gated_act(gate_up, name):
-    """f(gate) * up. gate_up (..., 2F), the gate first, as one fused matmul leaves them -> (..., F). No grad."""
+def gated_act(gate, up, name):
+    """f(gate) * up. gate, up (..., F) of one dtype, halves of one fused matmul's output or apart -> (..., F)."""
     name = _known(name)
-    if gate_up.size(-1) % 2:
-        raise ValueError(f"expected gate_up (..., 2F), got {tuple(gate_up.shape)}")
-    if triton is None or not (gate_up.is_cuda or INTERPRETED):
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (FORMS if gate_up.is_cuda else CPU_FORMS)[name](gate).mul_(up)
-    return _launch(gate_up, name, None, gated=True)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise ValueError(f"expected gate and up (..., F) of one dtype, got {tuple(gate.shape)} {gate.dtype} and "
+                         f"{tuple(up.shape)} {up.dtype}")
+    if triton is None or not (gate.is_cuda or INTERPRETED):
+        return (FORMS if gate.is_cuda else CPU_FORMS)[name](gate).mul_(up)
+    return _launch(gate, name, up=up)

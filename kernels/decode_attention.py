@@ -28,34 +28,49 @@ except ImportError:  # no Triton build for this platform: PyTorch serves every c
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read once, as @triton.jit does
 
 
-def decode_bias(start, end, alibi_slopes=None, window=0, kv_heads=1):
-    """
-    What PyTorch's form adds to the scores: -inf before `start`, ALiBi's slope elsewhere, over the last n columns that
-    any row may see. (B, 1, 1, n) float32, or with slopes (B, kv_heads, G, n). The same for all layers of a step that
-    share a window, so a caller may build it once.
-    """
-    end = int(end)
+def decode_attention_reference(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, window=0):
+    """The definition, in float32 throughout."""
+    (B, H, D), KVH, end = q.shape, cache_k.size(1), int(end)
     first = max(int(start.min()), end - window if window else 0)
-    columns = torch.arange(first, end, device=start.device)
-    bias = torch.where(columns >= start[:, None], 0.0, -float("inf"))[:, None, None]
+    k, v = (cache[:, :, first:end].float() for cache in (cache_k, cache_v))
+    columns = torch.arange(first, end, device=q.device)
+    scores = torch.matmul(q.float().view(B, KVH, H // KVH, D) * scale, k.transpose(-1, -2))
     if alibi_slopes is not None:
-        bias = bias + alibi_slopes.float().view(kv_heads, -1, 1) * (columns - (end - 1))
-    return bias
-
-
-def decode_attention_reference(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, window=0, bias=None):
-    """
-    The definition, and the CPU's form. In float32 throughout: with one query a head PyTorch's own bf16 kernels
-    (scaled_dot_product_attention, matmul) are 2 to 5 times slower on a CPU than converting one layer's cache, call by
-    call.
-    """
-    (B, H, D), KVH = q.shape, cache_k.size(1)
-    if bias is None:
-        bias = decode_bias(start, end, alibi_slopes, window, KVH)
-    end = int(end)
-    k, v = (cache[:, :, end - bias.size(-1):end].float() for cache in (cache_k, cache_v))
-    scores = torch.matmul(q.float().view(B, KVH, H // KVH, D) * scale, k.transpose(-1, -2)) + bias
+        scores = scores + alibi_slopes.float().view(KVH, -1, 1) * (columns - (end - 1))
+    scores = scores.masked_fill((columns < start[:, None])[:, None, None], -float("inf"))
     return torch.matmul(scores.softmax(-1), v).view(B, H, D).to(q.dtype)
+
+
+# -----------------------------------------------------------------------------
+# the CPU's form: the scores' bias is built once a rollout, attention is three calls in the model's dtype
+
+def score_bias(start, length, dtype, alibi_slopes=None):
+    """
+    (B, 1 or H, T): what is added to the scores of a key in column t. ALiBi's slope x position; on padding something
+    huge but finite, because a query that is padding itself (in a prefill) sees nothing else, and must not give NaN.
+    """
+    columns = torch.arange(length, device=start.device)
+    bias = torch.zeros(len(start), 1, length, device=start.device)
+    if alibi_slopes is not None:
+        bias = alibi_slopes[:, None] * (columns - start[:, None])[:, None]
+    return bias.to(dtype).masked_fill((columns < start[:, None])[:, None], torch.finfo(dtype).min / 2)
+
+
+def decode_bias(start, length, kv_heads, dtype, alibi_slopes=None):
+    """score_bias as the products below want it: (B KVH, T, G), or G = 1 without slopes."""
+    bias = score_bias(start, length, dtype, alibi_slopes)
+    bias = bias.expand(-1, kv_heads, -1) if alibi_slopes is None else bias
+    return bias.unflatten(1, (kv_heads, -1)).transpose(2, 3).flatten(0, 1)
+
+
+def _decode_cpu(q, cache_k, cache_v, end, scale, window, bias):
+    end = int(end)
+    seen = slice(max(0, end - window) if window else 0, end)
+    k, v = cache_k.flatten(0, 1), cache_v.flatten(0, 1)  # (B KVH, T, D)
+    queries = q.reshape(len(k), -1, q.size(-1)).transpose(1, 2)  # (B KVH, D, G): no key is repeated for its G queries
+    # k q^T, not q k^T: oneDNN needs 0.47 instead of 1.22 ms for 192 x (192, 64) in bf16 on one core
+    scores = torch.baddbmm(bias[:, seen], k[:, seen], queries, alpha=scale)
+    return torch.bmm(scores.transpose(1, 2).softmax(-1), v[:, seen]).view(q.shape)
 
 
 # -----------------------------------------------------------------------------
@@ -142,7 +157,7 @@ def decode_attention(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, 
     start             (B,) int64, first valid column of each row (its left padding); start < end
     end               0-dim int64 tensor, number of written columns, the same for all rows
     scale             usually D ** -0.5; alibi_slopes (H,) float32 or None; window > 0: only the last `window` columns
-    bias              decode_bias(start, end, alibi_slopes, window, KVH), to build it once a step; the kernel ignores it
+    bias              decode_bias(start, T, KVH, q.dtype, alibi_slopes), to build it once a rollout; CPU only
     returns           (B, H, D) in q's dtype. No backward; nothing on a GPU waits for `end`'s value.
     """
     (B, H, D), (_, KVH, T, _) = q.shape, cache_k.shape
@@ -150,7 +165,9 @@ def decode_attention(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, 
         raise ValueError(f"expected q (B, H, D), caches (B, KVH, T, D) with H a multiple of KVH, start (B,), got "
                          f"{tuple(q.shape)}, {tuple(cache_k.shape)}, {tuple(cache_v.shape)}, {tuple(start.shape)}")
     if triton is None or not (q.is_cuda or INTERPRETED):
-        return decode_attention_reference(q, cache_k, cache_v, start, end, scale, alibi_slopes, window, bias)
+        if bias is None:
+            bias = decode_bias(start, T, KVH, q.dtype, alibi_slopes)
+        return _decode_cpu(q, cache_k, cache_v, end, scale, window, bias)
     q = q if q.stride(-1) == 1 else q.contiguous()
     BLOCK_T = 64 if D <= 128 else 32
     BLOCK_D = max(triton.next_power_of_2(D), 16)  # tl.dot wants 16 at least, of the query heads too

@@ -112,8 +112,8 @@ def add_rms_norm(x, residual, weight, eps, plus_one=False):
     """As add_layer_norm, without mean and bias; plus_one multiplies by (1 + weight), as Gemma does."""
     _check(x, residual, weight)
     if triton is None or not (x.is_cuda or INTERPRETED):
-        if plus_one:
-            return add_rms_norm_reference(x, residual, weight, eps, plus_one)
         x = x if residual is None else x + residual
+        if plus_one:
+            return F.rms_norm(x.float(), weight.shape, 1 + weight.float(), eps).to(x.dtype), x
         return F.rms_norm(x, weight.shape, weight, eps), x
     return _launch(x, residual, weight, None, eps, rms=True, plus_one=plus_one)

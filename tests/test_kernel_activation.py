@@ -24,9 +24,11 @@ def test_act(N, F, bias, name, dtype, poisoned_empty):
 @pytest.mark.parametrize("N, F", [(1, 1), (4, 700), (2, 2049)])
 def test_gated_act(N, F, name, dtype, poisoned_empty):
     torch.manual_seed(0)
-    x = (3 * torch.randn(N, 2 * F + 3, device=DEVICE)).to(dtype)[:, :2 * F]
-    exact, theirs = gated_act_reference(x.double(), name), gated_act_reference(x, name)
-    assert_as_exact_as_pytorch([name], [exact], [gated_act(x, name)], [theirs], dtype)
+    gate, up = (3 * torch.randn(N, 2 * F + 3, device=DEVICE)).to(dtype)[:, :2 * F].chunk(2, dim=-1)
+    exact, theirs = gated_act_reference(gate.double(), up.double(), name), gated_act_reference(gate, up, name)
+    assert_as_exact_as_pytorch([name], [exact], [gated_act(gate, up, name)], [theirs], dtype)
+    apart = gated_act(gate.contiguous()[None], up.contiguous()[None], name)[0]
+    torch.testing.assert_close(apart, gated_act(gate, up, name))
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -41,3 +43,5 @@ def test_names():
     torch.testing.assert_close(act(x, "gelu_new"), act_reference(x, "gelu_tanh"))
     with pytest.raises(ValueError, match="'mish' is not known; known are relu"):
         act(x, "mish")
+    with pytest.raises(ValueError, match="gate and up"):
+        gated_act(x, x[..., :4], "silu")

@@ -33,6 +33,19 @@ def in_float64(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, window
     return out
 
 
+def as_hugging_face(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, window=0):
+    """PyTorch's plain ops in q's dtype, as "eager" attention has them: what the CPU's form may be held against."""
+    T, G = int(end), q.size(1) // cache_k.size(1)
+    k, v = (cache[:, :, :T].repeat_interleave(G, 1) for cache in (cache_k, cache_v))
+    columns = torch.arange(T, device=q.device)
+    scores = torch.matmul(q[:, :, None], k.transpose(-1, -2)) * scale
+    if alibi_slopes is not None:
+        scores = scores + (alibi_slopes[:, None] * (columns - start[:, None])[:, None])[:, :, None].to(q.dtype)
+    hidden = (columns < start[:, None]) | (columns < T - (window or T))
+    scores = scores.masked_fill(hidden[:, None, None], -float("inf"))
+    return torch.matmul(scores.softmax(-1, dtype=torch.float32).to(q.dtype), v).squeeze(2)
+
+
 CASES = [  # B, H, KVH, T, D, end, alibi, window
     (1, 1, 1, 1, 16, 1, False, 0),
     (3, 4, 4, 40, 48, 37, False, 0),
@@ -50,17 +63,22 @@ def test_decode_attention(B, H, KVH, T, D, end, alibi, window, dtype, poisoned_e
     options = dict(alibi_slopes=0.5 ** torch.arange(1, H + 1, device=DEVICE).float() if alibi else None, window=window)
     exact = in_float64(*args, **options)
     ours, theirs = decode_attention(*args, **options), decode_attention_reference(*args, **options)
-    assert ours.dtype == dtype
+    assert ours.dtype == theirs.dtype == dtype
+    if DEVICE == "cpu" and not module.INTERPRETED:
+        torch.testing.assert_close(theirs.double(), exact, atol=1e-5, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5)
+        theirs = as_hugging_face(*args, **options)
     assert_as_exact_as_pytorch(["out"], [exact], [ours], [theirs], dtype)
 
 
-def test_a_bias_built_once_a_step():
+@pytest.mark.parametrize("alibi", [False, True])
+def test_a_bias_built_once_a_rollout(alibi):
     q, cache_k, cache_v, start, end, scale = args = inputs(3, 4, 2, 50, 32, 41, torch.float32)
-    slopes = torch.rand(4, device=DEVICE)
-    bias = decode_bias(start, end, slopes, 7, kv_heads=2)
-    assert bias.shape == (3, 2, 2, 7)
-    torch.testing.assert_close(decode_attention(*args, alibi_slopes=slopes, window=7, bias=bias),
-                               decode_attention(*args, alibi_slopes=slopes, window=7))
+    slopes = torch.rand(4, device=DEVICE) if alibi else None
+    bias = decode_bias(start, 50, 2, torch.float32, slopes)
+    assert bias.shape == (3 * 2, 50, 2 if alibi else 1)
+    for window in (0, 7):
+        torch.testing.assert_close(decode_attention(*args, alibi_slopes=slopes, window=window, bias=bias),
+                                   decode_attention(*args, alibi_slopes=slopes, window=window))
 
 
 @pytest.mark.skipif(module.triton is None or not (DEVICE == "cuda" or module.INTERPRETED), reason="of the kernel")

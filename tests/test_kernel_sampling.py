@@ -3,8 +3,10 @@ import pytest
 import torch
 from kernel_checks import DEVICE, INTERPRETED, poisoned_empty  # noqa: F401
 
+from kernels import sampling
 from kernels.sampling import sample, sample_reference
 
+LONG = pytest.mark.skipif(INTERPRETED, reason="5 seconds a case, interpreted; the options apart say the same")
 OPTIONS = [dict(), dict(temperature=0.7), dict(temperature=2.5), dict(top_k=5), dict(top_p=0.8),
            dict(temperature=1.5, top_k=6, top_p=0.7)]
 
@@ -60,8 +62,8 @@ def test_chi_square(options):
     assert ((counts - expected) ** 2 / expected)[probs > 0].sum() < 27.9
 
 
-@pytest.mark.parametrize("options", [dict(), dict(temperature=0.6, top_k=50), dict(top_p=0.9), dict(temperature=0)],
-                         ids=str)
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0.6, top_k=50), dict(top_p=0.9), dict(temperature=0),
+                                     pytest.param(dict(temperature=1.5, top_k=3000, top_p=0.7), marks=LONG)], ids=str)
 @pytest.mark.parametrize("V, dtype", [(4097, torch.bfloat16), (50272, torch.float32), (50272, torch.bfloat16),
                                       (151936, torch.float32)])
 def test_large_vocabulary(V, options, dtype, poisoned_empty):
@@ -122,6 +124,17 @@ def test_same_uniform_same_token_in_any_batch():
     tokens, logprobs = sample(logits, uniform, top_p=0.9)
     alone, alone_logprobs = sample(logits[3:4], uniform[3:4], top_p=0.9)
     assert alone == tokens[3] and alone_logprobs == logprobs[3]
+
+
+def test_rows_taken_in_turns(monkeypatch):
+    """The CPU's form takes as many rows at a time as its scratch memory holds."""
+    torch.manual_seed(6)
+    logits, uniform = torch.randn(10, 500, device=DEVICE), torch.rand(10, device=DEVICE)
+    whole = sample(logits, uniform, top_k=100, top_p=0.8)
+    for numbers in (1700, 100):  # three rows; less than one
+        monkeypatch.setattr(sampling, "SCRATCH", numbers)
+        turns = sample(logits, uniform, top_k=100, top_p=0.8)
+        assert torch.equal(whole[0], turns[0]) and torch.equal(whole[1], turns[1])
 
 
 def test_options_are_checked():

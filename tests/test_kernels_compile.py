@@ -19,9 +19,8 @@ SAMPLE = dict(logits_ptr=BF16, uniform_ptr=F32, tokens_ptr=I64, logp_ptr=F32, in
               BLOCK_V=4096)
 NORM = dict(x_ptr=BF16, residual_ptr=BF16, weight_ptr=BF16, bias_ptr=BF16, normed_ptr=BF16, sum_ptr=BF16, eps="fp32",
             HAS_RESIDUAL=True, BLOCK_C=1024)
-ACT = dict(x_ptr=BF16, bias_ptr=BF16, out_ptr=BF16, BLOCK_F=1024)
-ROTARY = dict(q_ptr=BF16, k_ptr=BF16, v_ptr=BF16, cos_ptr=F32, sin_ptr=F32, out_ptr=BF16, cache_k_ptr=BF16,
-              cache_v_ptr=BF16, column_ptr=I64, positions_ptr=I64, BLOCK_D=128)
+ACT = dict(x_ptr=BF16, bias_ptr=BF16, up_ptr=BF16, out_ptr=BF16, BLOCK_F=1024)
+ROTARY = dict(qkv_ptr=BF16, cos_ptr=BF16, sin_ptr=BF16, out_ptr=BF16, cache_ptr=BF16, column_ptr=I64, BLOCK_D=128)
 CASES = [  # module, kernel, what each argument is: a type (int32 where nothing is said) or a constant
     (logprob, "_logprob_fwd_kernel", dict(logits_ptr=BF16, targets_ptr=I64, state_ptr=F32, inv_temperature="fp32",
                                           BLOCK_V=4096)),
@@ -36,8 +35,8 @@ CASES = [  # module, kernel, what each argument is: a type (int32 where nothing 
     (activation, "_act_kernel", dict(ACT, NAME="gelu", HAS_BIAS=True, GATED=False)),
     (activation, "_act_kernel", dict(ACT, NAME="gelu_tanh", HAS_BIAS=False, GATED=True)),
     (activation, "_act_kernel", dict(ACT, NAME="silu", HAS_BIAS=False, GATED=True)),
-    (rotary, "_rotary_cache_kernel", dict(ROTARY, HAS_POSITIONS=True, INTERLEAVED=False)),
-    (rotary, "_rotary_cache_kernel", dict(ROTARY, HAS_POSITIONS=False, INTERLEAVED=True)),
+    (rotary, "_rotary_cache_kernel", dict(ROTARY, INTERLEAVED=False)),
+    (rotary, "_rotary_cache_kernel", dict(ROTARY, INTERLEAVED=True)),
     (decode_attention, "_decode_kernel", dict(ATTENTION, G=1, SPLITS=7, HAS_ALIBI=True, BLOCK_G=16)),
     (decode_attention, "_decode_kernel", dict(ATTENTION, G=8, SPLITS=1, HAS_ALIBI=False, BLOCK_G=16, part_ptr=BF16)),
     (decode_attention, "_decode_kernel", dict(ATTENTION, G=1, SPLITS=2, HAS_ALIBI=False, BLOCK_G=16, q_ptr=F32,

@@ -1,0 +1,62 @@
+"""
+A matrix product with what stands beside it, for the decoder's blocks.
+
+    linear(x)                       x W^T + b
+    linear(x, residual)             residual + x W^T + b
+    linear.activated(x, f)          f(x W^T + b)
+    linear.activated(x, f, times)   f(x W^T + b) * times                  the gate of a gated MLP and its other half
+
+On a CPU the weight can be copied into oneDNN's own layout, blocks as its inner loop reads them, when a rollout begins:
+then one call does a line of this table. At one token a row that is what counts. OPT-125M's MLP (16 x 768 x 3072, bf16,
+two cores) reads its weights at the speed of the memory so, and at a third of that through F.linear. Elsewhere the
+product is the library's, the rest a kernel of activation.py; the residual is better left to norm.py, whose kernel adds
+it on its way. Inference only: no backward.
+
+oneDNN: https://oneapi-src.github.io/oneDNN (primitive attributes: post-ops; weights in format `any`)
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.activation import ALIASES, INTERPRETED, act, gated_act
+
+# an activation's name here -> its name, scalars and variant in oneDNN
+ONEDNN = {"relu": ("relu", [], ""), "gelu": ("gelu", [], "none"), "gelu_tanh": ("gelu", [], "tanh"),
+          "silu": ("swish", [], "")}
+
+
+def can_pack(weight):
+    """Whether oneDNN has a fast matmul for it: on a CPU, in float32, or in bf16 where the processor knows that."""
+    if weight.device.type != "cpu" or INTERPRETED or not torch.backends.mkldnn.is_available():
+        return False
+    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16
+                                             and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def pack(weight):
+    """A copy in oneDNN's layout. Private, but what torch.compile calls for frozen weights."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 32)  # 32 rows is a hint, not a limit
+
+
+class Linear:
+    """weight (out, in), or what `pack` made of it; bias (out,) or None. x (..., in) -> (..., out) in x's dtype."""
+
+    def __init__(self, weight, bias):
+        self.weight, self.bias, self.packed = weight, bias, weight.is_mkldnn
+
+    def __call__(self, x, residual=None):
+        if not self.packed:
+            y = F.linear(x, self.weight, self.bias)
+            return y if residual is None else residual + y
+        if residual is None:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+
+    def activated(self, x, name, times=None):
+        """name: as Hugging Face configs have it (activation.py); times (..., out) or None."""
+        if self.packed:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *ONEDNN[ALIASES.get(name, name)])
+            return y if times is None else y.mul_(times)
+        if times is None:
+            return act(F.linear(x, self.weight), name, self.bias)
+        return gated_act(F.linear(x, self.weight, self.bias), times, name)
