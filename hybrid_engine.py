@@ -2,26 +2,22 @@
 The hybrid engine: how can the weights being trained also generate fast?
 
 DeepSpeed trains (ZeRO, offload, its launcher, its checkpoints); one decoder of our own generates, for all model
-families,
-from the very same weights. In order: flags and processes; models in and out of Hugging Face folders; LoRA; DeepSpeed;
-the decoder
-(rollouts, KV cache, families, sampling); the class that holds training and generation together.
+families, from the very same weights. In order: flags and processes; models in and out of Hugging Face folders; LoRA;
+DeepSpeed; the decoder (rollouts, KV cache, families); the engine that runs it.
 
 Memory, bytes per parameter of a trained model, before activations (N ranks):
 
     training     fp32: 4 weights + 4 gradients + 8 Adam          bf16: 2 + 2 + 4 master + 8 Adam
                  ZeRO 1 divides Adam (and master) by N, ZeRO 2 gradients too, ZeRO 3 weights too
-    generation   + what the decoder must fuse (the query, key and value matrices, about a quarter of a block), the
-                 rest
-                 is read where it is trained; LoRA: + the merged matrices; ZeRO 3: + one whole copy in the compute
-                 dtype
+    generation   + what the decoder must fuse (query, key and value matrices, about a quarter of a block), the rest is
+                 read where it is trained; on a CPU + one copy of every matrix, packed for oneDNN (`pack`);
+                 LoRA: + the merged matrices; ZeRO 3: + this rank's share of one copy in the compute dtype
     KV cache     2 x layers x B x T x kv_heads x head_dim x bytes, allocated when a rollout starts, freed when it ends
 
 Everything here speaks token ids; text is data.py's.
 """
 
 import dataclasses
-import functools
 import inspect
 import json
 import logging
@@ -32,16 +28,15 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-
 import warnings
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from operator import attrgetter
+from pathlib import Path
+
 import deepspeed
-import safetensors
 import numpy as np
+import safetensors
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -50,7 +45,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
-from data import UsageError, flag, one_sentence, parse_config
+from data import UsageError, first_line, flag, one_sentence, parse_config
 from kernels.activation import ALIASES, FORMS
 from kernels.decode_attention import decode_attention, decode_bias, score_bias
 from kernels.linear import Linear, can_pack, pack
@@ -77,7 +72,7 @@ class EngineConfig:
     lr_scheduler_type: str = flag("cosine", "a name that transformers.get_scheduler knows")
     num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
     num_train_epochs: int = flag(1, "passes over this stage's rows")
-    max_steps: int = flag(-1, "steps at most; -1: as many as the epochs have")
+    max_steps: int = flag(-1, "steps of the run, the rows repeated as needed; -1: as many as the epochs have")
     logging_steps: int = flag(10, "steps between printed lines")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     lora_dim: int = flag(0, "rank of LoRA adapters; 0 trains the weights themselves")
@@ -87,7 +82,7 @@ class EngineConfig:
 
 
 def run_stage(main, config_class, doc):
-    """`main(config)` for the command line: what the user can mend ends with one sentence and code 2, not with a traceback."""
+    """`main(config)` for the command line: what the user can mend ends with one sentence and code 2, no traceback."""
     try:
         with one_sentence():
             main(parse_config(config_class, doc))
@@ -98,9 +93,8 @@ def run_stage(main, config_class, doc):
 
 def setup(config):
     """
-    Starts the process group (one process without a launcher is world size 1), seeds, and prints device, dtype and
-    batch arithmetic.
-    Returns the DeepSpeed settings (a dict) that every model of the stage is initialised with.
+    Starts the process group (one process without a launcher is world size 1), seeds, and prints device, dtype and batch
+    arithmetic. Returns the DeepSpeed settings (a dict) that every model of the stage is initialised with.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
@@ -114,7 +108,7 @@ def setup(config):
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        # on a CPU gloo does; DeepSpeed's own all-reduce would be compiled at the first start, which takes most of a minute
+        # on a CPU gloo does; DeepSpeed's own all-reduce would be compiled at the first start, for most of a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(verbose=False)
     world = dist.get_world_size()
@@ -125,14 +119,16 @@ def setup(config):
         return settings
     seed_everything(config.seed)
     source = config.deepspeed_config or "the default for this hardware"
-    print0(f"device {device()} x {world}, {str(compute_dtype(settings)).removeprefix('torch.')} and ZeRO stage {settings['zero_optimization']['stage']} "
-           f"({source}); batch {config.per_device_train_batch_size} a process x {config.gradient_accumulation_steps} accumulated "
+    dtype, stage = str(compute_dtype(settings)).removeprefix("torch."), settings["zero_optimization"]["stage"]
+    print0(f"device {device()} x {world}, {dtype} and ZeRO stage {stage} ({source}); "
+           f"batch {config.per_device_train_batch_size} a process x {config.gradient_accumulation_steps} accumulated "
            f"x {world} processes = {settings['train_batch_size']} rows a step")
     return settings
 
 
-AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_generation_batch_size", "num_train_epochs", "ppo_epochs",
-              "logging_steps", "max_eval_samples", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")
+AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_generation_batch_size",
+              "num_train_epochs", "ppo_epochs", "logging_steps", "max_eval_samples", "max_seq_len",
+              "max_prompt_seq_len", "max_answer_seq_len")
 
 
 def check_flags(config):
@@ -145,12 +141,14 @@ def check_flags(config):
         if name.endswith("learning_rate") and not value >= 0:
             raise UsageError(f"--{name} {value}: 0 or more is needed.")
     if not flags.get("temperature", 1) > 0:
-        raise UsageError(f"--temperature {config.temperature}: rollouts are sampled, so it must be over 0 (PPO learns nothing from greedy answers).")
+        raise UsageError(f"--temperature {config.temperature}: rollouts are sampled, so it must be over 0 (PPO learns "
+                         "nothing from greedy answers).")
     if not 0 < flags.get("top_p", 1) <= 1:
         raise UsageError(f"--top_p {config.top_p}: a share of the probability is needed, over 0 and at most 1.")
     schedules = [kind.value for kind in transformers.SchedulerType]
     if config.lr_scheduler_type not in schedules:
-        raise UsageError(f"--lr_scheduler_type {config.lr_scheduler_type} is unknown; transformers has {', '.join(schedules)}.")
+        raise UsageError(f"--lr_scheduler_type {config.lr_scheduler_type} is unknown; transformers has "
+                         f"{', '.join(schedules)}.")
     if config.lora_dim < 0 or config.only_optimize_lora and config.lora_dim == 0:
         raise UsageError("--only_optimize_lora and LoRA need --lora_dim 1 or more, the rank of the adapters.")
     if any(path.exists() and not path.is_dir() for path in (Path(config.output_dir), *Path(config.output_dir).parents)):
@@ -158,16 +156,18 @@ def check_flags(config):
 
 
 def deepspeed_settings(config):
-    """The DeepSpeed JSON as a dict, with the flags that stand over it filled in. Raises UsageError for what cannot work."""
+    """The DeepSpeed JSON as a dict, the flags that stand over it filled in. Raises UsageError for what cannot work."""
     path = config.deepspeed_config or HERE / "configs" / ("1gpu.json" if torch.cuda.is_available() else "cpu.json")
     try:
         settings = json.loads(Path(path).read_text())
     except OSError as error:
-        raise UsageError(f"--deepspeed_config {path} cannot be read ({error.strerror}); {HERE / 'configs'} has one for each kind of hardware.") from error
+        raise UsageError(f"--deepspeed_config {path} cannot be read ({error.strerror}); {HERE / 'configs'} has one for "
+                         "each kind of hardware.") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"--deepspeed_config {path}, line {error.lineno}: not JSON ({error.msg}).") from error
     if not isinstance(settings, dict) or not isinstance(settings.setdefault("zero_optimization", {}), dict):
-        raise UsageError(f"--deepspeed_config {path}: a JSON object is needed, in which zero_optimization, if it is there, is one too.")
+        raise UsageError(f"--deepspeed_config {path}: a JSON object is needed, in which zero_optimization, if it is "
+                         "there, is one too.")
     zero = settings["zero_optimization"]
     zero["stage"] = zero.get("stage", 0) if config.zero_stage == -1 else config.zero_stage
     if zero["stage"] not in (0, 1, 2, 3):
@@ -213,9 +213,8 @@ def mean(numbers):
 
 class MetricsLog:
     """
-    Rank 0: one JSON object a step in `folder/metrics.jsonl`, every `every` steps a fixed-width line with speed and
-    time left, and
-    DeepSpeed's monitor (TensorBoard, W&B, CSV: sections of the DeepSpeed JSON) where it is switched on.
+    Rank 0: one JSON object a step in `folder/metrics.jsonl`, every `every` steps a fixed-width line with speed and time
+    left, and DeepSpeed's monitor (TensorBoard, W&B, CSV: sections of the DeepSpeed JSON) where it is switched on.
     """
 
     def __init__(self, folder, total_steps, every, columns, monitor=None):
@@ -235,7 +234,8 @@ class MetricsLog:
             self.monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
         if step % self.every == 0 or step in (1, self.total_steps):
             elapsed = time.time() - self.began
-            line = "  ".join(f"{label} {metrics[name]:>{width}}" for label, name, width in self.columns if name in metrics)
+            line = "  ".join(f"{label} {metrics[name]:>{width}}"
+                             for label, name, width in self.columns if name in metrics)
             print(f"step {step:>5}/{self.total_steps}  {line}  {step / elapsed:5.2f} steps/s  "
                   f"{elapsed / step * (self.total_steps - step):4.0f} s left", flush=True)
 
@@ -265,9 +265,10 @@ def write_summary(config, section, values, model):
     summary = json.loads(path.read_text()) if path.exists() and section != "sft" else {}  # a new run begins with SFT
     summary[section] = {name: round(value, 4) for name, value in values.items() if value is not None}
     summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "ppo") if s in summary), 1)
-    summary.update(model=summary.get("model", model), hardware=Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem, seed=config.seed,
-                   versions={"python": sys.version.split()[0], "torch": torch.__version__, "deepspeed": deepspeed.__version__,
-                             "transformers": transformers.__version__})
+    hardware = Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem
+    versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers)}
+    summary.update(model=summary.get("model", model), hardware=hardware, seed=config.seed,
+                   versions={"python": sys.version.split()[0], **versions})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
     write_json(path, summary)
     return summary
@@ -291,17 +292,19 @@ def load_model(name_or_path, tokenizer, settings, tokens, head="lm", score_from_
     try:
         config = AutoConfig.from_pretrained(HERE / "configs" / "tiny.json" if name_or_path == "tiny" else name_or_path)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{name_or_path}: not a model folder, and not found on the hub ({str(error).splitlines()[0]}). "
+        raise UsageError(f"{name_or_path}: not a model folder, and not found on the hub ({first_line(error)}). "
                          "A model folder holds config.json, weights (model.safetensors) and a tokenizer.") from error
     positions = getattr(config, "max_position_embeddings", None)
     if positions and tokens > positions:
-        raise UsageError(f"{name_or_path} has {positions} positions and {tokens} tokens were asked for; lower --max_seq_len, or "
-                         "--max_prompt_seq_len and --max_answer_seq_len, which are added up.")
+        raise UsageError(f"{name_or_path} has {positions} positions and {tokens} tokens were asked for; lower "
+                         "--max_seq_len, or --max_prompt_seq_len and --max_answer_seq_len, which are added up.")
     disable_dropout(config)
     if head == "score":
         config.num_labels = 1
     dtype = compute_dtype(settings)
-    zero3 = transformers.integrations.HfDeepSpeedConfig(settings) if settings["zero_optimization"]["stage"] == 3 else None  # loads each rank's share
+    stage = settings["zero_optimization"]["stage"]
+    # while this object lives, transformers loads only this rank's share of the weights
+    zero3 = transformers.integrations.HfDeepSpeedConfig(settings) if stage == 3 else None
     if name_or_path == "tiny":
         config.vocab_size = len(tokenizer)
         model, missing = auto.from_config(config, dtype=dtype), []
@@ -309,14 +312,15 @@ def load_model(name_or_path, tokenizer, settings, tokens, head="lm", score_from_
         try:
             model, info = auto.from_pretrained(name_or_path, config=config, dtype=dtype, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise UsageError(f"{name_or_path}: its weights could not be loaded ({str(error).splitlines()[0]}).") from error
+            raise UsageError(f"{name_or_path}: its weights could not be loaded ({first_line(error)}).") from error
         missing = sorted(info["missing_keys"])
         if head == "lm" and "score.weight" in info["unexpected_keys"]:  # with tied embeddings nothing else would tell
             raise UsageError(f"{name_or_path} is no language model: it holds a reward model's score.weight.")
     expected = ["score.weight"] if score_from_lm and name_or_path != "tiny" else []
     if missing and missing != expected:
         kind = "language model" if head == "lm" else "reward model (a sequence classification model with one label)"
-        raise UsageError(f"{name_or_path} is no {kind}: its weights lack {', '.join(missing[:3])}{' and more' * (len(missing) > 3)}.")
+        raise UsageError(f"{name_or_path} is no {kind}: its weights lack {', '.join(missing[:3])}"
+                         f"{' and more' * (len(missing) > 3)}.")
     if head == "score" and (missing or name_or_path == "tiny"):
         with deepspeed.zero.GatheredParameters(model.score.weight, modifier_rank=0):
             nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.weight.size(-1) + 1))
@@ -335,9 +339,8 @@ def load_model(name_or_path, tokenizer, settings, tokens, head="lm", score_from_
 def disable_dropout(config):
     """
     Sets every dropout probability of a Hugging Face config to 0. In the config and not in nn.Dropout modules, because
-    OPT and BLOOM
-    call dropout as a function; a rollout whose log-probabilities are noisy makes the PPO ratio differ from 1 before
-    any update.
+    OPT and BLOOM call dropout as a function; a rollout whose log-probabilities are noisy makes the PPO ratio differ
+    from 1 before any update.
     """
     for name, value in config.to_dict().items():
         if ("drop" in name) and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -347,29 +350,29 @@ def disable_dropout(config):
 class RewardModel(nn.Module):
     """
     A Hugging Face sequence classification model read at every position: the critic needs V(s_t) for all t, the reward
-    model the last.
-    The saved folder is the inner model's, so AutoModelForSequenceClassification gives the same score.
+    model the last. The saved folder is the inner model's, so AutoModelForSequenceClassification gives the same score.
     """
 
     def __init__(self, model):
         super().__init__()
         self.model, self.config = model, model.config
-        self.trunk_arguments = inspect.signature(model.base_model.forward).parameters
+        self.trunk_arguments = set(inspect.signature(model.base_model.forward).parameters)
 
     def forward(self, input_ids, attention_mask):
         """input_ids, attention_mask (B, T), padded on either side or both -> values (B, T) float32, one a position."""
         positions = {"position_ids": position_ids(attention_mask)} if "position_ids" in self.trunk_arguments else {}
-        hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)[0]
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
+        hidden = self.model.base_model(**inputs)[0]
         return self.model.score(hidden).squeeze(-1).float()
 
 
 class LanguageModel(nn.Module):
-    """A Hugging Face causal LM that returns the log-probabilities of given tokens; the (B, T, V) logits never stand in memory."""
+    """A Hugging Face causal LM that returns the log-probabilities of given tokens, never the (B, T, V) logits."""
 
     def __init__(self, model):
         super().__init__()
         self.model, self.config = model, model.config
-        self.arguments = inspect.signature(model.forward).parameters
+        self.arguments = set(inspect.signature(model.forward).parameters)
         self.plain_head = model.config.model_type in FAMILIES  # logits are hidden @ weight.T + bias and nothing else
 
     def forward(self, input_ids, attention_mask, mask, temperature=1.0):
@@ -419,13 +422,16 @@ def save_model(engine, tokenizer, folder, averages=None):
     """
     model = engine.module.model
     if engine.zero_optimization_stage() == 3:
-        state = {name.removeprefix("model."): t for name, t in (engine._zero3_consolidated_16bit_state_dict() or {}).items()}
+        whole = engine._zero3_consolidated_16bit_state_dict() or {}  # rank 0's; the others get nothing
+        state = {name.removeprefix("model."): tensor for name, tensor in whole.items()}
     else:
         state = model.state_dict()
     if averages:
         # a tied head has no average of its own, and saved beside the embedding's it would come loose from it
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - dict(model.named_parameters()).keys()
-        state = {name: averages.get(name, tensor).to(tensor.dtype) for name, tensor in state.items() if name not in tied}
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied = names - dict(model.named_parameters()).keys()
+        state = {name: averages.get(name, tensor).to(tensor.dtype)
+                 for name, tensor in state.items() if name not in tied}
     if dist.get_rank() == 0:
         folder, staging = Path(folder), Path(folder) / ".saving"
         shutil.rmtree(staging, ignore_errors=True)
@@ -438,7 +444,7 @@ def save_model(engine, tokenizer, folder, averages=None):
         if adapters and trained <= {"score.weight"}:
             save_adapter(adapters, {name: state[name] for name in trained}, model, staging / "adapter")
         old = set(folder.glob("model*.safetensors*")) - {folder / new.name for new in staging.iterdir()}
-        for new in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):  # config.json last: it makes the folder a model
+        for new in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):  # it makes a model of it
             if new.is_dir():
                 shutil.rmtree(folder / new.name, ignore_errors=True)
             os.replace(new, folder / new.name)
@@ -501,20 +507,24 @@ def add_lora(model, config):
         for child_name, child in list(parent.named_children()):
             full = f"{name}.{child_name}"
             linear = isinstance(child, (nn.Linear, transformers.pytorch_utils.Conv1D))
-            if linear and (config.lora_module_name in full if config.lora_module_name else any(part.isdigit() for part in full.split("."))):
-                setattr(parent, child_name, LoRALinear(child, config.lora_dim, config.lora_alpha or 2 * config.lora_dim))
+            in_block = any(part.isdigit() for part in full.split("."))
+            if linear and (config.lora_module_name in full if config.lora_module_name else in_block):
+                alpha = config.lora_alpha or 2 * config.lora_dim
+                setattr(parent, child_name, LoRALinear(child, config.lora_dim, alpha))
                 wrapped += 1
     if not wrapped:
-        raise UsageError(f"--lora_module_name {config.lora_module_name} is in no linear layer's name; this model has, for example, "
+        raise UsageError(f"--lora_module_name {config.lora_module_name} is in no linear layer's name; this model has, "
+                         "for example, "
                          + ", ".join([n for n, m in model.named_modules() if isinstance(m, nn.Linear)][:4]) + ".")
-    print0(f"LoRA: {wrapped} layers, {sum(p.numel() for n, p in model.named_parameters() if 'lora_' in n) / 1e6:.2f}M adapter parameters"
+    adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    print0(f"LoRA: {wrapped} layers, {adapters / 1e6:.2f}M adapter parameters"
            + (", everything else frozen" if config.only_optimize_lora else ", everything else trained too"))
     return model
 
 
 @contextmanager
 def adapters_off(model):
-    """Inside, the model is the one it was before LoRA: with --only_optimize_lora that is PPO's reference model, for no memory."""
+    """Inside, the model is what it was before LoRA: with --only_optimize_lora PPO's reference, for no memory."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
     for layer in layers:
         layer.enabled = False
@@ -526,7 +536,7 @@ def adapters_off(model):
 
 
 def split_lora_state(model, state):
-    """state dict of a model with LoRALinear layers -> (adapter tensors by name, merged state dict of the plain model)."""
+    """state dict of a model with LoRALinear layers -> (adapter tensors by name, merged plain state dict)."""
     adapters, plain = {}, dict(state)
     for name, layer in model.named_modules():
         if isinstance(layer, LoRALinear):
@@ -547,9 +557,11 @@ def save_adapter(adapters, head, model, folder):
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     dim, layer = adapters[next(iter(adapters))].size(0), next(iter(layers.values()))
     tensors = {**{f"{name}.weight": t for name, t in adapters.items()}, **head}
-    save_file({f"base_model.model.{name}": t.contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
+    save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+              folder / "adapter_model.safetensors")
     write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM", "r": dim, "lora_alpha": layer.scaling * dim,
+        "peft_type": "LORA", "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM", "r": dim,
+        "lora_alpha": layer.scaling * dim,
         "lora_dropout": 0.0, "bias": "none", "target_modules": list(layers), "inference_mode": True,
         "fan_in_fan_out": layer.transposed, "base_model_name_or_path": model.config._name_or_path})
 
@@ -559,9 +571,9 @@ def save_adapter(adapters, head, model, folder):
 
 def train_engine(model, settings, config, learning_rate, total_steps):
     """
-    A model (LanguageModel or RewardModel) -> DeepSpeed engine with AdamW and a learning-rate schedule over
-    total_steps optimizer
-    steps. AdamW's eps is 1e-5, as in InstructGPT's lineage: with 1e-8 the first updates of PPO are near-sign steps.
+    A model (LanguageModel or RewardModel) -> DeepSpeed engine with AdamW and a learning-rate schedule over total_steps
+    optimizer steps. AdamW's eps is 1e-5, as in InstructGPT's lineage: with 1e-8 the first updates of PPO are near-sign
+    steps.
     """
     if config.gradient_checkpointing:
         model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -575,13 +587,14 @@ def train_engine(model, settings, config, learning_rate, total_steps):
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-5)
     else:
         optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-5, fused=True)
-    schedule = get_scheduler(config.lr_scheduler_type, optimizer, min(config.num_warmup_steps, total_steps), total_steps)
+    warmup = min(config.num_warmup_steps, total_steps)
+    schedule = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
     return engine
 
 
 def frozen_engine(model, settings):
-    """A model that is only read (reference, reward), in eval mode; sharded under ZeRO 3 like its trained partner, else on the device."""
+    """A model that is only read (reference, reward), in eval mode; sharded under ZeRO 3 like its trained partner."""
     model.requires_grad_(False)
     if settings["zero_optimization"]["stage"] < 3:
         return model.to(device()).eval()
@@ -594,10 +607,9 @@ def frozen_engine(model, settings):
 class ExponentialMovingAverage:
     """
     average <- decay average + (1 - decay) weights, after every optimizer step, from a copy of the first weights
-    (InstructGPT, appendix C:
-    0.992). It averages the optimizer's float32 master weights, on the CPU of rank 0: in bf16 a step of 0.8% of a
-    small change rounds
-    away, and under ZeRO 3 there is nothing else whole to average. Every rank must call `update`.
+    (InstructGPT, appendix C: 0.992). It averages the optimizer's float32 master weights, on the CPU of rank 0: in bf16
+    a step of 0.8% of a small change rounds away, and under ZeRO 3 there is nothing else whole to average. Every rank
+    must call `update`.
     """
 
     def __init__(self, engine, decay):
@@ -609,7 +621,8 @@ class ExponentialMovingAverage:
         for name, parameter in self.engine.module.model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            weight = deepspeed.utils.safe_get_full_fp32_param(parameter)  # collective where ZeRO shards it, None where nothing is kept apart
+            # collective where ZeRO shards the weights, None where no float32 copy is kept apart
+            weight = deepspeed.utils.safe_get_full_fp32_param(parameter)
             weight = (parameter if weight is None else weight).detach().float().cpu()
             if dist.get_rank() == 0:
                 self.average[name] = self.average.get(name, weight.clone()).lerp_(weight, 1 - self.decay)
@@ -618,10 +631,8 @@ class ExponentialMovingAverage:
 def train_step(engine, micro_batches, loss_sum, count):
     """
     One optimizer step: minimises sum(loss_sum(micro_batch)) / count, where `count` (tokens, pairs) is the same sum's
-    over all
-    micro-batches and ranks. So the gradient does not depend on how rows are dealt to micro-batches, padded or
-    sharded.
-    Returns this rank's part of the loss, and the gradient's norm before clipping.
+    over all micro-batches and ranks. So the gradient does not depend on how rows are dealt to micro-batches, padded or
+    sharded. Returns this rank's part of the loss, and the gradient's norm before clipping.
     """
     world, total = dist.get_world_size(), 0.0
     for micro_batch in micro_batches:
@@ -635,18 +646,19 @@ def train_step(engine, micro_batches, loss_sum, count):
 
 def plain_grad_norm(engine):
     """The norm where DeepSpeed keeps none (float32 without ZeRO) and a step is due; None elsewhere."""
-    if engine.zero_optimization_stage() > 0 or not engine.is_gradient_accumulation_boundary() or hasattr(engine.optimizer, "_global_grad_norm"):
+    kept = engine.zero_optimization_stage() > 0 or hasattr(engine.optimizer, "_global_grad_norm")
+    if kept or not engine.is_gradient_accumulation_boundary():
         return None
     return nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
 def tensor_parallel_group(size):
-    """The process group of this rank and its neighbours that generate together, `size` ranks each; None for 1. Collective."""
+    """The process group of this rank and those it generates with, `size` ranks each; None for 1. Collective."""
     world, rank = dist.get_world_size(), dist.get_rank()
     if size < 1 or world % size:
         raise UsageError(f"--inference_tp_size {size} does not divide the {world} process(es) of this run.")
-    groups = [dist.new_group(range(first, first + size)) for first in range(0, world, size)] if size > 1 else [None] * world
-    return groups[rank // size]
+    groups = [dist.new_group(range(first, first + size)) for first in range(0, world, size)] if size > 1 else []
+    return groups[rank // size] if groups else None
 
 
 def to_device(batch):
@@ -1020,7 +1032,7 @@ class Decoder:
             if self.rotary:
                 rotate_(qkv[:, :, :-self.kv_heads], *rotation, self.interleaved)
             q, kv = qkv.split([self.heads, 2 * self.kv_heads], dim=2)
-            q, kv = q.transpose(1, 2), kv.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)  # (B, H, P, D), (2, B, KVH, P, D)
+            q, kv = q.transpose(1, 2), kv.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)
             cache.layers[i][:, :, :, :P] = kv.repeat_interleave(copies, 1)
             k, v = kv.repeat_interleave(self.heads // self.kv_heads, 2)
             a = F.scaled_dot_product_attention(q, k, v, masks[layer.window], scale=layer.scale)
