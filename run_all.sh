@@ -103,6 +103,9 @@ fi
 # the three stages; the first that fails ends the run
 
 config="--deepspeed_config $here/configs/$hardware.json"
+if [ "$hardware" != multinode ]; then  # a port of its own, so that two runs on one host do not meet
+  launch+=" --master_port $($python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+fi
 stage() {  # name, flags
   local name=$1 began=$SECONDS
   shift
