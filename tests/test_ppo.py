@@ -94,8 +94,8 @@ def test_score_stands_on_the_last_response_token(trainer):
 def test_values_inside_the_clip_are_not_counted_as_clipped():
     """old + (value - old) is not value in floating point: a clip computed so counts rounding."""
     torch.manual_seed(0)
-    old, mask = 0.05 * torch.randn(64, 8), torch.ones(64, 8)
-    values = old + 0.19 * (2 * torch.rand(64, 8) - 1)
+    old, values = 0.19 * torch.rand(2, 64, 8)  # drawn apart, so that value - old is not exact
+    mask = torch.ones(64, 8)
     returns = values + 0.01 * torch.randn(64, 8)  # near, so that the last bit of a value shows in its error
     assert critic_loss(values, old, returns, mask, 0.2)[1] == 0
     assert critic_loss(values + 1, old, values, mask, 0.2)[1] == 0  # outside, and the plain error is the larger
