@@ -7,8 +7,8 @@ A matrix product with what stands beside it, for the decoder's blocks.
     linear.activated(x, f, times)   f(x W^T + b) * times                  the gate of a gated MLP and its other half
 
 On a CPU the weight can be copied into oneDNN's own layout, blocks as its inner loop reads them, when a rollout begins:
-then one call does a line of this table. At one token a row that is what counts. OPT-125M's MLP (16 x 768 x 3072, bf16,
-two cores) reads its weights at the speed of the memory so, and at a third of that through F.linear. Elsewhere the
+then one call does a line of this table. For 1 and for 16 rows of OPT-125M's first MLP matrix (768 to 3072, relu, one
+core) that is 2.8 and 2.3 times as fast as F.linear and relu in float32, 2.0 and 1.2 times in bf16. Elsewhere the
 product is the library's, the rest a kernel of activation.py; the residual is better left to norm.py, whose kernel adds
 it on its way. Inference only: no backward.
 
