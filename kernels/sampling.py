@@ -93,9 +93,10 @@ def _keep_likeliest(probs, scratch, top_k, top_p):
         edge = window[:, V - top_k].copy()
         if top_p < 1:  # goes on with the k likeliest, right in the window, and what ties with the last of them
             ties = [np.count_nonzero(row >= value) - top_k for row, value in zip(values, edge)]
-            window = window[:, V - top_k - max(ties):]
+            most = max(ties)
+            window = window[:, V - top_k - most:]
             for row, value, count in zip(window, edge, ties):
-                row[:max(ties) - count], row[max(ties) - count:max(ties)] = 0.0, value
+                row[:most - count], row[most - count:most] = 0.0, value
         _zero_below(probs, edge)
     if top_p < 1:
         edge, ties_dropped = _top_p_edge(window, top_p, values)
