@@ -318,8 +318,10 @@ def read_source(source):
 # hold out, split, blend
 
 def questions(record):
-    """All that the user said in a record's prompt; the last one is what is answered."""
-    return [message["content"] for message in record.prompt if message["role"] == "user"]
+    """All that the user asked in a record's prompt, the last one is what is answered. Without the toy's openers: "Hello!
+    What is 1 + 1?" is no other question than "What is 1 + 1?", and must not be held out where that is trained on."""
+    asked = [message["content"] for message in record.prompt if message["role"] == "user"]
+    return [next((q.removeprefix(o) for o in TOY_OPENERS if o and q.startswith(o)), q) for q in asked]
 
 
 def hold_out(records, seed, share=0.1):
@@ -817,7 +819,8 @@ def main():
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     for stage, name in ((1, "SFT"), (2, "reward model"), (3, "PPO")):
         records, held = load_records(config, stage)
-        dataset = EncodedDataset(records[:1000], tokenizer, stage, config.max_seq_len)
+        longest = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
+        dataset = EncodedDataset(records[:1000], tokenizer, stage, longest)
         item = dataset[0]
         print(f"\n=== stage {stage}, {name}: {len(records)} rows to train on, {len(held)} held out. "
               "The first, [[trained on]]:")

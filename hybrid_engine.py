@@ -270,6 +270,7 @@ def write_summary(config, section, values, model):
     summary.update(model=summary.get("model", model), hardware=hardware, seed=config.seed,
                    versions={"python": sys.version.split()[0], **versions})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
+    write_json(Path(config.output_dir) / {"ppo": "actor"}.get(section, section) / "run_config.json", summary["config"][section])
     write_json(path, summary)
     return summary
 
@@ -444,6 +445,8 @@ def save_model(engine, tokenizer, folder, averages=None):
         if adapters and trained <= {"score.weight"}:
             save_adapter(adapters, {name: state[name] for name in trained}, model, staging / "adapter")
         old = set(folder.glob("model*.safetensors*")) - {folder / new.name for new in staging.iterdir()}
+        if not adapters:
+            shutil.rmtree(folder / "adapter", ignore_errors=True)  # an earlier run's
         for new in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):  # it makes a model of it
             if new.is_dir():
                 shutil.rmtree(folder / new.name, ignore_errors=True)

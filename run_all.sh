@@ -87,7 +87,9 @@ esac
 # the environment: the Python at hand if it has all that is needed, else .venv, made on the first run
 
 python=python3
-if ! $python -c 'import torch, deepspeed, transformers, datasets, sentencepiece, accelerate' 2>/dev/null; then
+if ! $python -c '
+import torch, deepspeed, transformers, datasets, sentencepiece, accelerate, google.protobuf, peft, pytest
+assert int(transformers.__version__.split(".")[0]) >= 5' 2>/dev/null; then
   python=$here/.venv/bin/python
   if ! { [ -e "$here/.venv/ready" ] && cmp -s "$here/.venv/ready" "$here/requirements.txt"; }; then
     echo "run_all.sh: installing requirements.txt into $here/.venv (once, some minutes)"
@@ -127,6 +129,6 @@ print(f"\n{'stage':<8}{'seconds':>9}   held-out result        ({summary['model']
 for stage, names in (("sft", ("perplexity", "gold")), ("reward", ("accuracy",)), ("ppo", ("score", "kl", "gold"))):
     results = "   ".join(f"{name} {summary[stage][name]:.3f}" for name in names if name in summary[stage])
     print(f"{stage:<8}{summary[stage]['seconds']:>9.0f}   {results}")
-print(f"{'all':<8}{summary['seconds']:>9.0f}")
+print(f"{'all':<8}{summary['seconds']:>9.0f}   (in the stages; launching and importing come on top)")
 PYTHON
 echo; echo "Talk to it: $python chat.py --path $out/actor"

@@ -6,7 +6,7 @@ Step 1: supervised fine-tuning (SFT). The model learns to answer as the demonstr
 over the tokens of prompt and answer, m_t = 1 on the answer's tokens, its EOS included, and 0 on the prompt and on
 padding. The sums run over the whole batch of all micro-batches and processes: a token counts the same wherever it is.
 
-    python step1_sft.py --model_name_or_path tiny --max_steps 100                # a laptop's CPU, under a minute
+    python step1_sft.py --learning_rate 2e-3 --max_answer_seq_len 40 --max_steps 300     # `tiny`: a CPU minute
     deepspeed step1_sft.py --model_name_or_path facebook/opt-1.3b --data_path Dahoas/rm-static         # one GPU
     deepspeed --num_gpus 8 step1_sft.py --deepspeed_config configs/1node.json --model_name_or_path facebook/opt-13b
 

@@ -8,7 +8,7 @@ r is read at one place, the last token of the answer (its EOS), which is the pla
 pairs of the whole batch. Scores have no natural zero or unit, so those of the held-out answers are measured at the end,
 and their mean and standard deviation go into config.json (`score_mean`, `score_std`), by which PPO normalises.
 
-    python step2_reward.py --model_name_or_path output/sft --max_steps 100         # a laptop's CPU, under a minute
+    python step2_reward.py --learning_rate 3e-4 --max_steps 300            # on `tiny`'s output/sft: a CPU minute
     deepspeed step2_reward.py --model_name_or_path facebook/opt-350m --data_path Dahoas/rm-static      # one GPU
     deepspeed --num_gpus 8 step2_reward.py --deepspeed_config configs/1node.json --model_name_or_path facebook/opt-350m
 

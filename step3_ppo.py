@@ -14,7 +14,7 @@ answers; the actor moves towards what scores well, and a KL penalty keeps it nea
 Every sum runs over the response's tokens, its EOS included (so the model learns when to stop) and nothing after it.
 Which tokens those are is known from the response's length, never found by comparing ids with PAD or EOS.
 
-    python step3_ppo.py --max_steps 10                               # after steps 1 and 2; a CPU minute
+    python step3_ppo.py --actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --max_answer_seq_len 40 --max_steps 30
     deepspeed step3_ppo.py --data_path Dahoas/rm-static              # one GPU; reads output/sft and output/reward
     deepspeed --num_gpus 8 step3_ppo.py --deepspeed_config configs/1node.json --data_path Dahoas/rm-static
 
