@@ -33,7 +33,7 @@ def inputs(folder):
     for kind in ("opt", "llama"):
         (folder / kind).mkdir()
         small_models(kind, folder / kind, tokenizer)
-        many_ends = GenerationConfig(eos_token_id=list(range(0, 1000, 9)))  # so that answers end, at all lengths
+        many_ends = GenerationConfig(eos_token_id=list(range(0, 1000, 7)))  # so that answers end, at all lengths
         many_ends.save_pretrained(folder / kind / "actor")
     rows = [json.dumps({"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]})
             for row in toy_rows()[:400] if row["rejected"]]
