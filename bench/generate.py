@@ -16,11 +16,12 @@ import sys
 import time
 from pathlib import Path
 
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not bench/: its kernels.py would stand before kernels/
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from hybrid_engine import InferenceEngine
 
 

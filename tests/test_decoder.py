@@ -371,7 +371,7 @@ def test_unknown_families_go_through_hugging_face_and_say_so():
     model = OlmoForCausalLM(OlmoConfig(vocab_size=101, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
                                        intermediate_size=52, pad_token_id=None, bos_token_id=None, eos_token_id=5))
     ids, mask = ragged_prompts()
-    with pytest.warns(UserWarning, match="'olmo' is not in hybrid_engine.FAMILIES"):
+    with pytest.warns(UserWarning, match="'olmo' is not in kernels/decoder.py.s FAMILIES"):
         engine = InferenceEngine(model.train())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough

@@ -10,7 +10,7 @@ from models import hf_logprobs, ragged_prompts, small_model
 
 import hybrid_engine
 from hybrid_engine import InferenceEngine
-from kernels import activation, decode_attention, linear, norm, rotary, sampling
+from kernels import activation, decode_attention, decoder, linear, norm, rotary, sampling
 
 pytestmark = pytest.mark.skipif(not (INTERPRETED or DEVICE == "cuda"), reason="the CPU's forms: test_decoder.py's part")
 P, R = 6, 5
@@ -43,7 +43,7 @@ def ran(monkeypatch):
 
     for module, ops in PUBLIC.items():
         for name in ops:
-            for user in (hybrid_engine, linear):
+            for user in (hybrid_engine, decoder, linear):
                 if hasattr(user, name):
                     op = getattr(module, name)
                     monkeypatch.setattr(user, name, lambda *a, op=op, name=name, **k: (names.add(name), op(*a, **k))[1])
