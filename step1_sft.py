@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum, load_model,
+from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum, dry_run, load_model,
                            mean, parameter_count, print0, run_stage, save_model, setup, to_device, train_engine,
                            train_step, write_summary)
 
@@ -65,6 +65,8 @@ def perplexity(model, dataloader):
 
 
 def main(config):
+    if config.dry_run:
+        return dry_run(config, {"model": (config.model_name_or_path, "lm", True)}, config.max_seq_len, config.max_seq_len)
     began = time.time()
     settings = setup(config)
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from data import (Collator, DataConfig, EncodedDataset, UsageError, count_steps, decode_answers, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
-                           RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model,
+                           RewardModel, adapters_off, add_lora, all_sum, dry_run, frozen_engine, last_token, load_model,
                            memory_gb, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group,
                            to_device, train_engine, train_step, write_summary)
 from kernels.gae import gae
@@ -311,6 +311,13 @@ def evaluate(trainer, dataloader, scorer):
 
 
 def main(config):
+    if config.dry_run:
+        actor, critic = config.actor_model_name_or_path, config.critic_model_name_or_path
+        adapters_only = config.lora_dim and config.only_optimize_lora
+        models = {"actor": (actor, "lm", True), **({} if adapters_only else {"ref": (actor, "lm", False)}),
+                  "reward": (critic, "score", False), "critic": (critic, "score", True)}
+        return dry_run(config, models, config.max_prompt_seq_len + config.max_answer_seq_len, config.max_answer_seq_len,
+                       config.per_device_generation_batch_size)
     began = time.time()
     setup(config)
     rank, world = dist.get_rank(), dist.get_world_size()
