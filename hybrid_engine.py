@@ -694,26 +694,32 @@ def empty_model(name_or_path, config, head="lm", trained=True):
 
 
 def forward_flops(model, tokens):
-    """Of one row: 2 a matrix element and token, and attention (Narayanan et al. 2021, appendix, without recomputing)."""
+    """Of one row: 2 a token and matrix element, and attention's (Narayanan et al. 2021, appendix)."""
     shape, head = model.config, model.get_output_embeddings()
     matrices = sum(m.weight.numel() for m in block_matrices(model)) + (head.weight.numel() if head else 0)
     return 2 * tokens * matrices + 4 * shape.num_hidden_layers * shape.hidden_size * tokens**2
 
 
 def block_matrices(model):
-    kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    return [m for name, m in model.named_modules() if isinstance(m, kinds) and any(x.isdigit() for x in name.split("."))]
+    modules = [m for name, m in model.named_modules() if any(part.isdigit() for part in name.split("."))]
+    return [m for m in modules if isinstance(m, (nn.Linear, transformers.pytorch_utils.Conv1D))]
 
 
-def activation_widths(model):
+def attention_shape(config):
+    """Heads, key-value heads, head width."""
+    H = config.num_attention_heads
+    KVH = getattr(config, "num_key_value_heads", None) or H
+    return H, KVH, getattr(config, "head_dim", None) or config.hidden_size // H
+
+
+def activation_width(model):
     """
     Numbers a token of one layer that the backward pass needs: Korthikanti et al. 2022, section 4.1, less its dropout
     masks (dropout is off) and attention matrix (never stored). The inputs of two norms and of the products after them;
     queries, keys, values, attention's output; in the MLP the activation's input and the last product's.
     """
     shape, family = model.config, FAMILIES.get(model.config.model_type)
-    E, H = shape.hidden_size, shape.num_attention_heads
-    KVH, D = getattr(shape, "num_key_value_heads", None) or H, getattr(shape, "head_dim", None) or E // H
+    E, (H, KVH, D) = shape.hidden_size, attention_shape(shape)
     names = ("intermediate_size", "ffn_dim", "n_inner")
     inner = next(filter(None, (getattr(shape, name, None) for name in names)), 4 * E)
     relu = family is not None and getattr(shape, family.activation, "") == "relu"  # its output is all it needs
@@ -727,8 +733,9 @@ def model_memory(model, settings, devices, rows, tokens, scored, checkpointing, 
     P parameters, T of them trained, b bytes of the compute dtype, N devices: weights b P, gradients b T, AdamW with
     its float32 master weights 12 T (8 T in float32 without ZeRO), of which ZeRO 1, 2, 3 leave each device 1/N of
     AdamW's, of the gradients, of the weights (Rajbhandari et al. 2020, section 3 and figure 1). DeepSpeed's buffers:
-    a float32 copy of 16-bit gradients for AdamW, or the bucket in which they are summed (reduce_bucket_size numbers,
-    twice with overlap_comm); on ZeRO 3 both, and live parameters. On the host: what is offloaded.
+    the bucket in which gradients are summed (reduce_bucket_size numbers, twice with overlap_comm), or, later, a float32
+    copy of 16-bit gradients for AdamW; on ZeRO 3 live parameters too, and the bucket stays. On the host: what is
+    offloaded.
     """
     zero, b, N = settings["zero_optimization"], compute_dtype(settings).itemsize, devices
     stage, layers, head = zero["stage"], model.config.num_hidden_layers, model.get_output_embeddings()
@@ -736,7 +743,7 @@ def model_memory(model, settings, devices, rows, tokens, scored, checkpointing, 
     memory = {"weights": b * P / (N if stage == 3 else 1), "gradients": b * T / (N if stage >= 2 else 1),
               "optimizer": (12 if b < 4 or stage else 8) * T / (N if stage else 1)}
     widened = 4 * T / (N if stage else 1) if b < 4 else 0
-    bucket = b * zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm", stage == 3) else 1)
+    bucket = b * zero.get("reduce_bucket_size", 5e8) * (2 if zero.get("overlap_comm") and stage < 3 else 1)
     bucket = 0 if not T or N == 1 and stage == 0 else min(bucket, b * T) if cpu or stage == 0 else bucket
     offloaded = [f"offload_{part}" for part in ("param", "optimizer")
                  if zero.get(f"offload_{part}", {}).get("device", "none") != "none"]
@@ -747,10 +754,12 @@ def model_memory(model, settings, devices, rows, tokens, scored, checkpointing, 
     if "offload_param" in offloaded:
         memory["host"] += memory["weights"]
         memory["weights"] = 0
-    live = b * min(P, zero.get("stage3_max_live_parameters", 1e9))
-    memory["buffers"] = live + bucket + widened if stage == 3 else max(bucket, widened)
+    memory["buffers"] = max(bucket, widened)
+    if stage == 3:
+        memory["gradients"] += bucket
+        memory["buffers"] = b * min(P, zero.get("stage3_max_live_parameters", 1e9)) + widened
 
-    width, E = activation_widths(model), model.config.hidden_size
+    width, E = activation_width(model), model.config.hidden_size
     logits = rows * scored * model.config.vocab_size if head else 0
     if model.config.model_type in FAMILIES:  # then they are never whole: kernels/logprob.py
         logits = min(logits, SLICE["cpu" if cpu else "cuda"])
@@ -761,16 +770,16 @@ def model_memory(model, settings, devices, rows, tokens, scored, checkpointing, 
 
 def generation_memory(model, settings, rows, tokens, tp, cpu):
     """Bytes on each device of the decoder's own weights (see the top of this file) and of its KV cache."""
-    shape, b = model.config, compute_dtype(settings).itemsize
-    layers, H = shape.num_hidden_layers, shape.num_attention_heads
-    KVH, D = getattr(shape, "num_key_value_heads", None) or H, getattr(shape, "head_dim", None) or shape.hidden_size // H
+    b, layers = compute_dtype(settings).itemsize, model.config.num_hidden_layers
+    H, KVH, D = attention_shape(model.config)
     if settings["zero_optimization"]["stage"] == 3:
         copied = parameter_count(model) / tp
     elif cpu:
-        copied = sum(m.weight.numel() for m in block_matrices(model)) / tp + model.get_output_embeddings().weight.numel()
+        head = model.get_output_embeddings().weight.numel()
+        copied = sum(m.weight.numel() for m in block_matrices(model)) / tp + head
     else:
         adapted = sum(m.weight.numel() for m in model.modules() if isinstance(m, LoRALinear))
-        copied = max(layers * (H + 2 * KVH) * D * shape.hidden_size, adapted) / tp
+        copied = max(layers * (H + 2 * KVH) * D * model.config.hidden_size, adapted) / tp
     return {"generation copy": b * copied, "KV cache": b * 2 * layers * rows * tokens * KVH * D}
 
 
@@ -788,20 +797,19 @@ def memory_plan(models, settings, devices, rows, tokens, scored, generated=0, ch
     stage = settings["zero_optimization"]["stage"]
     plan = {name: model_memory(model, settings, devices, rows, tokens, scored, checkpointing, cpu)
             for name, model in models.items()}
-    always = ["weights", "optimizer"] + ["gradients", "buffers"] * (stage == 3)
+    always = ["weights", "optimizer", "gradients"][:3 if stage == 3 else 2]
     resident, peaks = sum(memory[part] for memory in plan.values() for part in always), {}
     first, actor = next(iter(models.items()))
     if generated:
         plan[first].update(generation_memory(actor, settings, generated, tokens, tp, cpu))
         peaks["generate"] = resident + plan[first]["generation copy"] + plan[first]["KV cache"]
-        one_layer = activation_widths(actor) * compute_dtype(settings).itemsize
+        one_layer = activation_width(actor) * compute_dtype(settings).itemsize
         peaks["score"] = resident + generated * tokens * one_layer
     for name, memory in plan.items():
         if memory["gradients"]:
-            gradients, buffers = (memory[part] * (part not in always) for part in ("gradients", "buffers"))
             # the first gradient comes when every activation is there; without ZeRO the buffers wait until they are gone
-            both = (sum if stage else max)([memory["activations"], buffers])
-            peaks[f"train {name}"] = resident + gradients + both
+            both = (sum if stage else max)([memory["activations"], memory["buffers"]])
+            peaks[f"train {name}"] = resident + both + (memory["gradients"] if stage < 3 else 0)
     return plan, peaks
 
 
@@ -821,27 +829,25 @@ def training_flops(models, tokens, generated, checkpointing):
 
 
 def dry_run(config, models, tokens, scored, generated=0):
-    """Prints memory_plan, time and cost. models: {name: arguments of empty_model but config}; the rest is its own."""
+    """Prints memory_plan, time and cost, from rank 0; arguments as memory_plan's."""
     if os.environ.get("RANK", "0") != "0":
         return
     check_flags(config)
     settings, machine = deepspeed_settings(config), config.dry_run < 0
     devices = int(os.environ.get("WORLD_SIZE", 1)) if machine else config.dry_run
     cpu = machine and get_accelerator().device_name() == "cpu"
-    models = {name: empty_model(path, config, head, trained) for name, (path, head, trained) in models.items()}
     rows, tp = config.per_device_train_batch_size, getattr(config, "inference_tp_size", 1)
     plan, peaks = memory_plan(models, settings, devices, rows, tokens, scored, generated, config.gradient_checkpointing,
                               tp, cpu)
     parts = list(dict.fromkeys(part for memory in plan.values() for part in memory))
-    gb = lambda size: f"{size / 2**30:>{9}.2f}"
     print(f"\nmemory plan, GB on each of {devices} device(s): {str(compute_dtype(settings))[6:]}, ZeRO stage "
           f"{settings['zero_optimization']['stage']}, {rows} rows of {tokens} tokens a micro-batch"
           + (f", {generated} a rollout" if generated else ""))
-    print(f"\n{'':<10}{'parameters':>11}{'trained':>9}" + "".join(f"{part:>{max(len(part) + 2, 9)}}" for part in parts))
+    print(f"\n{'':<10}{'parameters':>11}{'trained':>9}  " + "  ".join(f"{part:>7}" for part in parts))
     for name, memory in plan.items():
         trained = sum(p.numel() for p in models[name].parameters() if p.requires_grad)
         print(f"{name:<10}{parameter_count(models[name]) / 1e6:>10.0f}M{trained / 1e6:>8.0f}M"
-              + "".join(gb(memory.get(part, 0)).rjust(max(len(part) + 2, 9)) for part in parts))
+              + "".join(f"  {memory.get(part, 0) / 2**30:>{max(len(part), 7)}.2f}" for part in parts))
     print("\npeak      " + ", ".join(f"{phase} {size / 2**30:.1f}" for phase, size in peaks.items())
           + f"; in all {max(peaks.values()) / 2**30:.1f} GB a device, about 1 GB more for CUDA")
     flops = training_flops(models, tokens, generated, config.gradient_checkpointing)

@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum, dry_run, load_model,
-                           mean, parameter_count, print0, run_stage, save_model, setup, to_device, train_engine,
-                           train_step, write_summary)
+from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum, dry_run,
+                           empty_model, load_model, mean, parameter_count, print0, run_stage, save_model, setup,
+                           to_device, train_engine, train_step, write_summary)
 
 
 @dataclass
@@ -66,7 +66,8 @@ def perplexity(model, dataloader):
 
 def main(config):
     if config.dry_run:
-        return dry_run(config, {"model": (config.model_name_or_path, "lm", True)}, config.max_seq_len, config.max_seq_len)
+        return dry_run(config, {"model": empty_model(config.model_name_or_path, config)}, config.max_seq_len,
+                       config.max_seq_len)
     began = time.time()
     settings = setup(config)
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, count_steps, flag, load_records, load_tokenizer,
                   make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, MetricsLog, RewardModel, add_lora, all_sum, dry_run, last_token, load_model,
-                           parameter_count, print0, run_stage, save_model, setup, to_device, train_engine, train_step,
-                           write_summary)
+from hybrid_engine import (EngineConfig, MetricsLog, RewardModel, add_lora, all_sum, dry_run, empty_model, last_token,
+                           load_model, parameter_count, print0, run_stage, save_model, setup, to_device, train_engine,
+                           train_step, write_summary)
 
 
 @dataclass
@@ -73,7 +73,8 @@ def evaluate(model, dataloader):
 
 def main(config):
     if config.dry_run:  # a pair is two rows
-        return dry_run(config, {"model": (config.model_name_or_path, "score", True)}, 2 * config.max_seq_len, 0)
+        model = empty_model(config.model_name_or_path, config, "score")
+        return dry_run(config, {"model": model}, 2 * config.max_seq_len, 0)
     began = time.time()
     settings = setup(config)
     rank, world = dist.get_rank(), dist.get_world_size()

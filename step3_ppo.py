@@ -36,9 +36,9 @@ import torch.distributed as dist
 from data import (Collator, DataConfig, EncodedDataset, UsageError, count_steps, decode_answers, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
-                           RewardModel, adapters_off, add_lora, all_sum, dry_run, frozen_engine, last_token, load_model,
-                           memory_gb, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group,
-                           to_device, train_engine, train_step, write_summary)
+                           RewardModel, adapters_off, add_lora, all_sum, dry_run, empty_model, frozen_engine,
+                           last_token, load_model, memory_gb, parameter_count, print0, run_stage, save_model, setup,
+                           tensor_parallel_group, to_device, train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
@@ -310,13 +310,21 @@ def evaluate(trainer, dataloader, scorer):
     return {"score": score / count, "kl": kl / count, "gold": gold / count if scorer else None}, answered
 
 
+def planned_models(config):
+    """The models of DeepSpeedRLHFEngine without weights, for --dry_run; the one that generates comes first."""
+    actor, critic = config.actor_model_name_or_path, config.critic_model_name_or_path
+    models = {"actor": empty_model(actor, config), "ref": empty_model(actor, config, trained=False),
+              "reward": empty_model(critic, config, "score", trained=False),
+              "critic": empty_model(critic, config, "score")}
+    if config.lora_dim and config.only_optimize_lora:
+        del models["ref"]
+    return models
+
+
 def main(config):
     if config.dry_run:
-        actor, critic = config.actor_model_name_or_path, config.critic_model_name_or_path
-        adapters_only = config.lora_dim and config.only_optimize_lora
-        models = {"actor": (actor, "lm", True), **({} if adapters_only else {"ref": (actor, "lm", False)}),
-                  "reward": (critic, "score", False), "critic": (critic, "score", True)}
-        return dry_run(config, models, config.max_prompt_seq_len + config.max_answer_seq_len, config.max_answer_seq_len,
+        longest = config.max_prompt_seq_len + config.max_answer_seq_len
+        return dry_run(config, planned_models(config), longest, config.max_answer_seq_len,
                        config.per_device_generation_batch_size)
     began = time.time()
     setup(config)
