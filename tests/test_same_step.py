@@ -6,18 +6,21 @@ Eight rows of ragged lengths, dealt to processes and micro-batches; loss, gradie
 with all rows at once and without ZeRO. For PPO the rollout is given, so that all see the same one.
 """
 
+import json
 from dataclasses import dataclass
 from unittest import mock
 
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 
 import step1_sft
 import step2_reward
 import step3_ppo
 from data import DataConfig, load_tokenizer
-from hybrid_engine import EngineConfig, LanguageModel, RewardModel, all_sum, load_model, setup, train_engine, train_step
+from hybrid_engine import (EngineConfig, LanguageModel, RewardModel, all_sum, frozen_engine, load_model, setup, train_engine,
+                           train_step)
 from ranks import run_ranks
 from test_ppo import small_models
 
@@ -39,7 +42,6 @@ def variants(ranks):
     cases["ZeRO 3, micro-batches of 1"] = dict(stage=3, micro=1)
     cases["gradient checkpointing"] = dict(stage=0, micro=micro, checkpointing=True)
     cases["ZeRO 3, gradient checkpointing"] = dict(stage=3, micro=micro, checkpointing=True)
-    return cases
     cases["ZeRO 2, optimizer offloaded"] = dict(stage=2, micro=micro, offload={"offload_optimizer": CPU})
     cases["ZeRO 3, all offloaded"] = dict(stage=3, micro=micro, offload={"offload_optimizer": CPU, "offload_param": CPU})
     return cases
@@ -142,9 +144,24 @@ def reference(process_group, tmp_path_factory):
     return folder, expected
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a minute more where DeepSpeed's Adam for offloading has not been compiled yet
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_step_is_the_same_step(ranks, reference):
     if ranks == 1:
         return compare(0, 1, *reference)
     run_ranks(ranks, compare, *reference)
+
+
+def test_zeropp_settings_reach_deepspeed(tmp_path, process_group):
+    """Quantised weights and gradients and a second partition within a node: a CPU cannot run them, but hands them over."""
+    zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 8}
+    (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": zero}))
+    config = Config(deepspeed_config=str(tmp_path / "ds.json"))
+    settings = setup(config)
+    with mock.patch("deepspeed.initialize", return_value=(mock.MagicMock(),)) as initialize:
+        train_engine(torch.nn.Linear(2, 2), settings, config, RATE, 10)
+        frozen_engine(torch.nn.Linear(2, 2), settings)
+    for call in initialize.call_args_list:
+        arrived = DeepSpeedConfig(call.kwargs["config"]).zero_config
+        assert {name: getattr(arrived, name) for name in zero} == zero
+    assert initialize.call_count == 2
