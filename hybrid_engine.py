@@ -722,8 +722,9 @@ def activation_width(model):
     E, (H, KVH, D) = shape.hidden_size, attention_shape(shape)
     names = ("intermediate_size", "ffn_dim", "n_inner")
     inner = next(filter(None, (getattr(shape, name, None) for name in names)), 4 * E)
+    gated = family is not None and family.gate  # Llama's kin: RMSNorm also keeps what it scales, the gate two more
     relu = family is not None and getattr(shape, family.activation, "") == "relu"  # its output is all it needs
-    return 4 * E + (2 * H + 2 * KVH) * D + inner * (4 if family and family.gate else 1 if relu else 2)
+    return (6 if gated else 4) * E + (2 * H + 2 * KVH) * D + inner * (4 if gated else 1 if relu else 2)
 
 
 def model_memory(model, settings, devices, rows, tokens, scored, checkpointing, cpu):
