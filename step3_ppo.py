@@ -27,8 +27,11 @@ exactly 1; advantages are whitened over all ranks; losses are normalised by the 
 normalised by the reward model's own mean and standard deviation before they are clipped to +-5.
 """
 
+import importlib.util
+import inspect
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -47,6 +50,8 @@ from kernels.ppo_loss import ppo_actor_loss
 class Config(EngineConfig, DataConfig):
     actor_model_name_or_path: str = flag("output/sft", "the SFT model: actor and reference start from it")
     critic_model_name_or_path: str = flag("output/reward", "the reward model; the critic starts from it")
+    reward_fn: list[str] = flag([], "file.py:function or reward models, one or more; default: the critic's start")
+    reward_weights: list[float] = flag([], "of --reward_fn's scores in their sum; default 1 each")
     actor_learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top")
     critic_learning_rate: float = flag(5e-6, "AdamW's, at the schedule's top")
     per_device_generation_batch_size: int = flag(16, "prompts answered in one rollout on each device")
@@ -107,13 +112,61 @@ def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
 
 
 # -----------------------------------------------------------------------------
+# rewards of one's own: Python functions with TRL's signature
+
+def load_reward_function(name):
+    """'file.py:function' -> the function; None for anything else, which is a reward model then."""
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        return None
+    if not Path(path).is_file():
+        raise UsageError(f"--reward_fn {name}: the file {path} does not exist.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise UsageError(f"--reward_fn {name}: {path} has no function {function}; it has {', '.join(there) or 'none'}.")
+    return getattr(module, function)
+
+
+def call_reward_function(name, function, records, answers):
+    """
+    Scores of answers (texts) to the prompts of records, by function(prompts, completions, **columns) -> (B,) float32.
+
+    prompts, completions  lists of texts where the data's `prompt` column holds text, else lists of message lists
+    columns               a list for each column the data has beside them; `chosen` and `rejected` always
+    """
+    text = all(isinstance(record.columns.get("prompt"), str) for record in records)
+    prompts = [record.columns["prompt"] if text else record.prompt for record in records]
+    completions = answers if text else [[{"role": "assistant", "content": answer}] for answer in answers]
+    columns = {"chosen": [record.chosen for record in records], "rejected": [record.rejected for record in records]}
+    for column in sorted({column for record in records for column in record.columns} - {"prompt"}):
+        columns[column] = [record.columns.get(column) for record in records]
+    try:
+        inspect.signature(function).bind(prompts=prompts, completions=completions, **columns)
+    except TypeError as error:
+        raise UsageError(f"--reward_fn {name} must take (prompts, completions, **columns), and the data's columns are "
+                         f"{', '.join(columns)}: {error}.") from error
+    returned = function(prompts=prompts, completions=completions, **columns)
+    try:
+        scores = torch.tensor([float(score) for score in returned])
+    except (TypeError, ValueError):
+        scores = []
+    if len(scores) != len(answers):
+        raise UsageError(f"--reward_fn {name} must return a list of {len(answers)} numbers, one an answer; "
+                         f"{type(returned).__name__} {str(returned)[:100]} came.")
+    return scores
+
+
+# -----------------------------------------------------------------------------
 # the RLHF API: four models, and the two halves of a PPO step
 
 class DeepSpeedRLHFEngine:
     """
-    The four models of RLHF on DeepSpeed: `actor` and `critic` train, `ref` (the actor's start) and `reward` are only
-    read. `generator` samples from the actor's own weights. With --only_optimize_lora the reference is the actor with
-    its adapters off: no memory.
+    The models of RLHF on DeepSpeed: `actor` and `critic` train, `ref` (the actor's start) and `rewards` (by name:
+    reward models or Python functions; one model unless --reward_fn says otherwise) are only read. `generator` samples
+    from the actor's own weights. With --only_optimize_lora the reference is the actor with its adapters off: no memory.
 
     num_total_iters   rollouts of the whole run, for the learning-rate schedules
     args              a Config
@@ -126,11 +179,12 @@ class DeepSpeedRLHFEngine:
                              f"multiple of --per_device_train_batch_size {args.per_device_train_batch_size} x "
                              f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: a rollout is used up "
                              "by whole optimizer steps.")
+        names = args.reward_fn or [critic_model_name_or_path]
+        if args.reward_weights and len(args.reward_weights) != len(names):
+            raise UsageError(f"--reward_weights has {len(args.reward_weights)} entries for {len(names)} rewards; one "
+                             "number a reward is needed.")
+        functions = {name: load_reward_function(name) for name in names}  # before anything slow
         settings = setup(args)
-        if load_tokenizer(critic_model_name_or_path).get_vocab() != tokenizer.get_vocab():
-            raise UsageError(f"{critic_model_name_or_path}: its tokenizer has another vocabulary than the actor's, so "
-                             "it cannot read the actor's answers. Train it from the same SFT model, or from one of the "
-                             "same family.")
         updates = num_total_iters * args.ppo_epochs * (args.per_device_generation_batch_size // minibatch_rows)
         self.tokenizer, self.args = tokenizer, args
 
@@ -139,14 +193,27 @@ class DeepSpeedRLHFEngine:
         def load_actor():
             return load_model(actor_model_name_or_path, tokenizer, settings, longest)
 
-        def load_score():
-            return RewardModel(load_model(critic_model_name_or_path, tokenizer, settings, longest, head="score"))
+        def load_score(name, **options):
+            if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+                raise UsageError(f"{name}: its tokenizer has another vocabulary than the actor's, so it cannot read "
+                                 "the actor's answers. Train it from the same SFT model, or from one of the same "
+                                 "family.")
+            return RewardModel(load_model(name, tokenizer, settings, longest, head="score", **options))
 
         actor = LanguageModel(add_lora(load_actor(), args))
         adapters_only = args.lora_dim and args.only_optimize_lora  # then the actor without them is the reference
         self.ref = None if adapters_only else frozen_engine(LanguageModel(load_actor()), settings)
-        self.reward = frozen_engine(load_score(), settings)
-        critic = load_score()
+        self.rewards = {}
+        for name in names:
+            short = name.rpartition(":")[2] if functions[name] else Path(name).name  # what its scores are logged as
+            self.rewards[name if short in self.rewards else short] = (
+                functions[name] or frozen_engine(load_score(name), settings))
+        if args.reward_fn and not Path(critic_model_name_or_path).exists() \
+                and critic_model_name_or_path == Config.critic_model_name_or_path:
+            print0(f"no {critic_model_name_or_path} here: the critic starts from {actor_model_name_or_path}, with a "
+                   "new head")
+            critic_model_name_or_path = actor_model_name_or_path
+        critic = load_score(critic_model_name_or_path, score_from_lm=bool(args.reward_fn))
         critic.model = add_lora(critic.model, args)
         self.actor = train_engine(actor, settings, args, args.actor_learning_rate, updates)
         self.critic = train_engine(critic, settings, args, args.critic_learning_rate, updates)
@@ -168,7 +235,7 @@ class Experience:
     logprobs: torch.Tensor        # (B, R) nats, of the policy that sampled, by the training forward
     ref_logprobs: torch.Tensor    # (B, R) nats
     values: torch.Tensor          # (B, R) the critic's V of the state before each token
-    scores: torch.Tensor          # (B,)   normalised by the reward model's mean and deviation, clipped
+    scores: torch.Tensor          # (B,)   the rewards' weighted sum
     advantages: torch.Tensor      # (B, R) whitened over all ranks
     returns: torch.Tensor         # (B, R) value targets, from the advantages before whitening
 
@@ -182,21 +249,64 @@ class DeepSpeedPPOTrainer:
     def __init__(self, engine, args):
         self.engine, self.args = engine, args
         self.kl_coef, self.iterations, self.metrics = args.kl_coef, 0, {}
-        config = engine.reward.model.config  # a DeepSpeed engine's own `config` is another thing
-        self.score_mean = getattr(config, "score_mean", 0.0)
-        self.score_std = max(getattr(config, "score_std", 1.0), 1e-6)
 
-    @torch.no_grad()
-    def generate_experience(self, prompt_batch):
-        """prompt_batch: input_ids and attention_mask (B, P) int64, left-padded -> Experience."""
-        args, engine = self.args, self.engine
-        started, self.iterations = time.time(), self.iterations + 1
-        batch = to_device(prompt_batch)
-        rollout = engine.generator.generate(
+    def respond(self, generator, prompt_batch, draw):
+        """
+        Sampled answers -> Rollout, its attention_mask (B, P + R). The same `draw` (an int) gives the same noise;
+        training's count from 1.
+        """
+        args, engine, batch = self.args, self.engine, to_device(prompt_batch)
+        rollout = generator.generate(
             batch["input_ids"], batch["attention_mask"], max_new_tokens=args.max_answer_seq_len,
             temperature=args.temperature, top_p=args.top_p, eos_token_id=engine.eos_token_ids,
             pad_token_id=engine.tokenizer.pad_token_id,
-            seed=args.seed + 1_000_003 * self.iterations + dist.get_rank())  # ranks must not draw the same noise
+            seed=args.seed + 1_000_003 * draw + dist.get_rank())  # ranks must not draw the same noise
+        return rollout, torch.cat([batch["attention_mask"], rollout.mask.long()], dim=1)
+
+    def logprobs(self, tokens, attention_mask, mask):
+        """-> logprobs, ref_logprobs and entropy, each (B, R) float32, nats, by the training forward."""
+        engine, inputs = self.engine, (tokens, attention_mask, mask, self.args.temperature)
+        logprobs, entropy = engine.actor(*inputs)
+        if engine.ref is None:
+            with adapters_off(engine.actor):
+                return logprobs, engine.actor(*inputs)[0], entropy
+        return logprobs, engine.ref(*inputs)[0], entropy
+
+    def score(self, rollout, attention_mask, records):
+        """
+        -> {name: (B,) float32} of each reward, and their weighted sum (B,). A reward model's scores are normalised by
+        its own mean and deviation, then clipped; a function's are taken as they are.
+        """
+        args, engine, scores = self.args, self.engine, {}
+        for name, reward in engine.rewards.items():
+            if not isinstance(reward, torch.nn.Module):
+                if not records:
+                    raise UsageError(f"--reward_fn {name} scores text, and the batch has no `records` to take the "
+                                     "prompts from; data.Collator(3, ...) makes batches that have them.")
+                answers = decode_answers(engine.tokenizer, rollout)
+                scores[name] = call_reward_function(name, reward, records, answers).to(rollout.mask.device)
+            else:
+                config = reward.model.config  # a DeepSpeed engine's own `config` is another thing
+                mean, std = getattr(config, "score_mean", 0.0), max(getattr(config, "score_std", 1.0), 1e-6)
+                score = (last_token(reward(rollout.tokens, attention_mask), attention_mask) - mean) / std
+                scores[name] = score.clamp(-args.reward_clip, args.reward_clip)
+        bad = all_sum(*((~score.isfinite()).sum() for score in scores.values()))
+        for name, count in zip(scores, bad):
+            if count:  # on whatever rank: all of them end here
+                raise UsageError(f"the reward {name} gave {count:.0f} scores that are no finite numbers (NaN or "
+                                 "infinite); PPO cannot learn from them.")
+        weights = args.reward_weights or [1.0] * len(scores)
+        return scores, sum(weight * score for weight, score in zip(weights, scores.values()))
+
+    @torch.no_grad()
+    def generate_experience(self, prompt_batch):
+        """
+        prompt_batch: input_ids and attention_mask (B, P) int64, left-padded; records, a list of B Preference, where a
+        reward is a Python function -> Experience.
+        """
+        args, engine = self.args, self.engine
+        started, self.iterations = time.time(), self.iterations + 1
+        rollout, attention_mask = self.respond(engine.generator, prompt_batch, self.iterations)
         generated = time.time()
         memory = {name: size / 2**30 for name, size in engine.generator.memory.items()}  # this rank's
         if self.iterations == 1 and memory:
@@ -204,17 +314,10 @@ class DeepSpeedPPOTrainer:
             print0(f"first rollout, GB a process: {sizes}; peak so far {memory_gb():.2f}")
 
         tokens, mask, R = rollout.tokens, rollout.mask, rollout.mask.size(1)
-        attention_mask = torch.cat([batch["attention_mask"], mask.long()], dim=1)
-        logprobs, entropy = engine.actor(tokens, attention_mask, mask, args.temperature)
-        if engine.ref is None:
-            with adapters_off(engine.actor):
-                ref_logprobs, _ = engine.actor(tokens, attention_mask, mask, args.temperature)
-        else:
-            ref_logprobs, _ = engine.ref(tokens, attention_mask, mask, args.temperature)
+        logprobs, ref_logprobs, entropy = self.logprobs(tokens, attention_mask, mask)
+        each, scores = self.score(rollout, attention_mask, prompt_batch.get("records"))
         # the state before a token ends one column earlier
         values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
-        scores = (last_token(engine.reward(tokens, attention_mask), attention_mask) - self.score_mean) / self.score_std
-        scores = scores.clamp(-args.reward_clip, args.reward_clip)
         eos = torch.tensor(engine.eos_token_ids, device=tokens.device)
         ended = torch.isin(last_token(tokens, attention_mask), eos).float()
         penalised = scores - args.missing_eos_penalty * (1 - ended)
@@ -223,11 +326,13 @@ class DeepSpeedPPOTrainer:
 
         kl = (logprobs - ref_logprobs).sum()
         drift = ((logprobs - rollout.logprobs).abs() * mask).sum() if args.top_p == 1 else torch.zeros(())
-        kl, score, ended, entropy, drift, tokens_made, rows, read = all_sum(
-            kl, scores.sum(), ended.sum(), entropy.sum(), drift, mask.sum(), len(tokens), attention_mask.sum())
+        kl, score, ended, entropy, drift, tokens_made, rows, read, *each_sum = all_sum(
+            kl, scores.sum(), ended.sum(), entropy.sum(), drift, mask.sum(), len(tokens), attention_mask.sum(),
+            *(score.sum() for score in each.values()))
         self.rows, self.read = rows, read
         self.metrics = {
             "objective/kl": kl / rows, "objective/kl_coef": self.kl_coef, "objective/scores": score / rows,
+            **{f"objective/scores/{name}": total / rows for name, total in zip(each, each_sum)},
             "objective/rlhf_reward": (score - self.kl_coef * kl) / rows, "objective/entropy": entropy / tokens_made,
             "response/length": tokens_made / rows, "response/ended": ended / rows,
             "response/logprob_drift": drift / tokens_made,
@@ -293,18 +398,21 @@ class DeepSpeedPPOTrainer:
         return actor_mean, critic_mean
 
 
+@torch.no_grad()
 def evaluate(trainer, dataloader, scorer):
     """
     Answers to the held-out prompts, sampled as in training -> ({score, kl (nats a response), gold or None} over all
     ranks, [(record, answer)] of this one).
     """
-    sums, answered = [0.0, 0.0, 0.0, 0.0], []
-    for batch in dataloader:
-        x = trainer.generate_experience(batch)
-        answers = list(zip(batch["records"], decode_answers(trainer.engine.tokenizer, x)))
+    engine, sums, answered = trainer.engine, [0.0, 0.0, 0.0, 0.0], []
+    for number, batch in enumerate(dataloader, 1):
+        rollout, attention_mask = trainer.respond(engine.generator, batch, -number)
+        logprobs, ref_logprobs, _ = trainer.logprobs(rollout.tokens, attention_mask, rollout.mask)
+        _, scores = trainer.score(rollout, attention_mask, batch["records"])
+        answers = list(zip(batch["records"], decode_answers(engine.tokenizer, rollout)))
         gold = sum(scorer(record, answer) for record, answer in answers) if scorer else 0.0
-        kl = ((x.logprobs - x.ref_logprobs) * x.mask).sum()
-        sums = [a + float(b) for a, b in zip(sums, (x.scores.sum(), kl, gold, len(answers)))]
+        kl = (logprobs - ref_logprobs).sum()
+        sums = [a + float(b) for a, b in zip(sums, (scores.sum(), kl, gold, len(answers)))]
         answered += answers
     score, kl, gold, count = all_sum(*sums)
     return {"score": score / count, "kl": kl / count, "gold": gold / count if scorer else None}, answered
