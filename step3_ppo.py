@@ -32,6 +32,7 @@ import inspect
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,8 @@ class Config(EngineConfig, DataConfig):
     reward_weights: list[float] = flag([], "of --reward_fn's scores in their sum; default 1 each")
     actor_learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top")
     critic_learning_rate: float = flag(5e-6, "AdamW's, at the schedule's top")
+    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = flag("gae", "estimator; all but gae go without a critic")
+    num_generations: int = flag(1, "answers to each prompt of a rollout; rloo and grpo compare them, so need 2 or more")
     per_device_generation_batch_size: int = flag(16, "prompts answered in one rollout on each device")
     ppo_epochs: int = flag(1, "passes over a rollout before the next")
     kl_coef: float = flag(0.05, "beta, reward units per nat")
@@ -85,6 +88,46 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     rewards = -kl_coef * (logprobs - ref_logprobs) * mask
     last = mask.sum(1).long() - 1
     return rewards.scatter_add(1, last[:, None], scores[:, None])
+
+
+def reinforce(rewards, mask, gamma):
+    """
+    Advantages of REINFORCE++ before whitening: the discounted sum of a token's reward and all that follow, (B, R) like
+    gae's arguments (Hu 2025, arXiv 2501.03262). It is gae with a critic that says 0 and lambda 1.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def rloo(rewards, n):
+    """
+    REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, section 2.2): what a response earned, its KL
+    penalty included, minus the mean of what the n - 1 others to the same prompt earned.
+
+    rewards  (B, R), rows of one prompt together, n each -> advantages (B, 1), the same for all tokens
+    """
+    earned = rewards.sum(1).view(-1, n)
+    others = (earned.sum(1, keepdim=True) - earned) / (n - 1)
+    return (earned - others).view(-1, 1)
+
+
+def grpo(scores, n):
+    """
+    Group-relative advantages (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): a score's distance from the mean of
+    the n responses to its prompt, in their standard deviations. The KL is no part of it: see kl_penalty.
+
+    scores  (B,), rows of one prompt together, n each -> advantages (B, 1); 0 where all n score the same
+    """
+    group = scores.view(-1, n)
+    return ((group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+
+
+def kl_penalty(logprobs, ref_logprobs, mask):
+    """
+    Summed KL(pi || pi_ref) in nats by Schulman's k3, exp(d) - d - 1 with d = log pi_ref - log pi: never negative, and
+    GRPO's term in the loss (Shao et al. 2024, eq. 4). d is bounded like PPO's log-ratio.
+    """
+    d = ((ref_logprobs - logprobs) * mask).clamp(-20, 20)
+    return (d.exp() - d - 1).sum()
 
 
 def whiten(values, mask):
@@ -164,19 +207,25 @@ def call_reward_function(name, function, records, answers):
 
 class DeepSpeedRLHFEngine:
     """
-    The models of RLHF on DeepSpeed: `actor` and `critic` train, `ref` (the actor's start) and `rewards` (by name:
-    reward models or Python functions; one model unless --reward_fn says otherwise) are only read. `generator` samples
-    from the actor's own weights. With --only_optimize_lora the reference is the actor with its adapters off: no memory.
+    The models of RLHF on DeepSpeed. `actor` and `critic` train; `critic` is None unless the advantages are gae's.
+    `ref` (the actor's start) and `rewards` (by name: reward models or Python functions; one model unless --reward_fn
+    says otherwise) are only read. `generator` samples from the actor's own weights. With --only_optimize_lora the
+    reference is the actor with its adapters off: no memory.
 
     num_total_iters   rollouts of the whole run, for the learning-rate schedules
     args              a Config
     """
 
     def __init__(self, actor_model_name_or_path, critic_model_name_or_path, tokenizer, num_total_iters, args):
+        if args.advantage in ("rloo", "grpo") and args.num_generations < 2:
+            raise UsageError(f"--advantage {args.advantage} compares the answers to one prompt with each other, and "
+                             f"--num_generations is {args.num_generations}: 2 or more are needed, 4 are usual.")
         minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        if args.per_device_generation_batch_size % minibatch_rows:
-            raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} must be a "
-                             f"multiple of --per_device_train_batch_size {args.per_device_train_batch_size} x "
+        rollout_rows = args.per_device_generation_batch_size * args.num_generations
+        if rollout_rows % minibatch_rows:
+            raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} x "
+                             f"--num_generations {args.num_generations} must be a multiple of "
+                             f"--per_device_train_batch_size {args.per_device_train_batch_size} x "
                              f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: a rollout is used up "
                              "by whole optimizer steps.")
         names = args.reward_fn or [critic_model_name_or_path]
@@ -185,7 +234,7 @@ class DeepSpeedRLHFEngine:
                              "number a reward is needed.")
         functions = {name: load_reward_function(name) for name in names}  # before anything slow
         settings = setup(args)
-        updates = num_total_iters * args.ppo_epochs * (args.per_device_generation_batch_size // minibatch_rows)
+        updates = num_total_iters * args.ppo_epochs * (rollout_rows // minibatch_rows)
         self.tokenizer, self.args = tokenizer, args
 
         longest = args.max_prompt_seq_len + args.max_answer_seq_len
@@ -208,15 +257,17 @@ class DeepSpeedRLHFEngine:
             short = name.rpartition(":")[2] if functions[name] else Path(name).name  # what its scores are logged as
             self.rewards[name if short in self.rewards else short] = (
                 functions[name] or frozen_engine(load_score(name), settings))
-        if args.reward_fn and not Path(critic_model_name_or_path).exists() \
-                and critic_model_name_or_path == Config.critic_model_name_or_path:
-            print0(f"no {critic_model_name_or_path} here: the critic starts from {actor_model_name_or_path}, with a "
-                   "new head")
-            critic_model_name_or_path = actor_model_name_or_path
-        critic = load_score(critic_model_name_or_path, score_from_lm=bool(args.reward_fn))
-        critic.model = add_lora(critic.model, args)
         self.actor = train_engine(actor, settings, args, args.actor_learning_rate, updates)
-        self.critic = train_engine(critic, settings, args, args.critic_learning_rate, updates)
+        self.critic = None
+        if args.advantage == "gae":
+            if args.reward_fn and not Path(critic_model_name_or_path).exists() \
+                    and critic_model_name_or_path == Config.critic_model_name_or_path:
+                print0(f"no {critic_model_name_or_path} here: the critic starts from {actor_model_name_or_path}, with "
+                       "a new head")
+                critic_model_name_or_path = actor_model_name_or_path
+            critic = load_score(critic_model_name_or_path, score_from_lm=bool(args.reward_fn))
+            critic.model = add_lora(critic.model, args)
+            self.critic = train_engine(critic, settings, args, args.critic_learning_rate, updates)
         self.ema = ExponentialMovingAverage(self.actor, decay=0.992) if args.enable_ema else None
         self.generator = InferenceEngine(self.actor.module.model, tensor_parallel_group(args.inference_tp_size))
         ends = self.actor.module.model.generation_config.eos_token_id
@@ -226,18 +277,18 @@ class DeepSpeedRLHFEngine:
 @dataclass
 class Experience:
     """
-    What one rollout taught, float32 unless noted; B responses, P prompt columns, R response columns. Nothing here
-    carries a gradient.
+    What one rollout taught, float32 unless noted; B responses (prompts x num_generations, those of a prompt together),
+    P prompt columns, R response columns. Nothing here carries a gradient.
     """
     tokens: torch.Tensor          # (B, P + R) int64: prompts left-padded, responses right-padded
     attention_mask: torch.Tensor  # (B, P + R) int64: 1 on what is real
     mask: torch.Tensor            # (B, R) 1 on response tokens up to and including EOS
     logprobs: torch.Tensor        # (B, R) nats, of the policy that sampled, by the training forward
     ref_logprobs: torch.Tensor    # (B, R) nats
-    values: torch.Tensor          # (B, R) the critic's V of the state before each token
+    values: torch.Tensor | None   # (B, R) the critic's V of the state before each token
     scores: torch.Tensor          # (B,)   the rewards' weighted sum
-    advantages: torch.Tensor      # (B, R) whitened over all ranks
-    returns: torch.Tensor         # (B, R) value targets, from the advantages before whitening
+    advantages: torch.Tensor      # (B, R) gae's and reinforce's are whitened over all ranks
+    returns: torch.Tensor | None  # (B, R) value targets, from the advantages before whitening
 
 
 class DeepSpeedPPOTrainer:
@@ -250,18 +301,18 @@ class DeepSpeedPPOTrainer:
         self.engine, self.args = engine, args
         self.kl_coef, self.iterations, self.metrics = args.kl_coef, 0, {}
 
-    def respond(self, generator, prompt_batch, draw):
+    def respond(self, generator, prompt_batch, n, draw):
         """
-        Sampled answers -> Rollout, its attention_mask (B, P + R). The same `draw` (an int) gives the same noise;
-        training's count from 1.
+        n sampled answers to each prompt -> Rollout, its attention_mask (B, P + R). The same `draw` (an int) gives the
+        same noise; training's count from 1.
         """
         args, engine, batch = self.args, self.engine, to_device(prompt_batch)
         rollout = generator.generate(
             batch["input_ids"], batch["attention_mask"], max_new_tokens=args.max_answer_seq_len,
             temperature=args.temperature, top_p=args.top_p, eos_token_id=engine.eos_token_ids,
-            pad_token_id=engine.tokenizer.pad_token_id,
+            pad_token_id=engine.tokenizer.pad_token_id, num_return_sequences=n,
             seed=args.seed + 1_000_003 * draw + dist.get_rank())  # ranks must not draw the same noise
-        return rollout, torch.cat([batch["attention_mask"], rollout.mask.long()], dim=1)
+        return rollout, torch.cat([batch["attention_mask"].repeat_interleave(n, 0), rollout.mask.long()], dim=1)
 
     def logprobs(self, tokens, attention_mask, mask):
         """-> logprobs, ref_logprobs and entropy, each (B, R) float32, nats, by the training forward."""
@@ -304,9 +355,9 @@ class DeepSpeedPPOTrainer:
         prompt_batch: input_ids and attention_mask (B, P) int64, left-padded; records, a list of B Preference, where a
         reward is a Python function -> Experience.
         """
-        args, engine = self.args, self.engine
+        args, engine, n = self.args, self.engine, self.args.num_generations
         started, self.iterations = time.time(), self.iterations + 1
-        rollout, attention_mask = self.respond(engine.generator, prompt_batch, self.iterations)
+        rollout, attention_mask = self.respond(engine.generator, prompt_batch, n, self.iterations)
         generated = time.time()
         memory = {name: size / 2**30 for name, size in engine.generator.memory.items()}  # this rank's
         if self.iterations == 1 and memory:
@@ -315,14 +366,23 @@ class DeepSpeedPPOTrainer:
 
         tokens, mask, R = rollout.tokens, rollout.mask, rollout.mask.size(1)
         logprobs, ref_logprobs, entropy = self.logprobs(tokens, attention_mask, mask)
-        each, scores = self.score(rollout, attention_mask, prompt_batch.get("records"))
-        # the state before a token ends one column earlier
-        values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
+        records = [record for record in prompt_batch.get("records", []) for _ in range(n)]
+        each, scores = self.score(rollout, attention_mask, records)
         eos = torch.tensor(engine.eos_token_ids, device=tokens.device)
         ended = torch.isin(last_token(tokens, attention_mask), eos).float()
         penalised = scores - args.missing_eos_penalty * (1 - ended)
-        rewards = shape_rewards(penalised, logprobs, ref_logprobs, mask, self.kl_coef)
-        advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+        rewards, values, returns = shape_rewards(penalised, logprobs, ref_logprobs, mask, self.kl_coef), None, None
+        if args.advantage == "gae":
+            # the state before a token ends one column earlier
+            values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
+            advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+            advantages = whiten(advantages, mask)
+        elif args.advantage == "reinforce":
+            advantages = whiten(reinforce(rewards, mask, args.gamma), mask)
+        elif args.advantage == "rloo":
+            advantages = rloo(rewards, n) * mask
+        else:
+            advantages = grpo(penalised, n) * mask
 
         kl = (logprobs - ref_logprobs).sum()
         drift = ((logprobs - rollout.logprobs).abs() * mask).sum() if args.top_p == 1 else torch.zeros(())
@@ -338,34 +398,35 @@ class DeepSpeedPPOTrainer:
             "response/logprob_drift": drift / tokens_made,
             "time/generate": generated - started, "time/score": time.time() - generated,
             **{f"memory/{name.replace(' ', '_')}_gb": size for name, size in memory.items()}}
-        return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores,
-                          whiten(advantages, mask), returns)
+        return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores, advantages, returns)
 
     def train_rlhf(self, experience):
         """
         `ppo_epochs` passes in shuffled minibatches, each one optimizer step of actor and critic -> mean actor and
-        critic loss (nats, reward^2).
+        critic loss (nats, reward^2; 0 without a critic).
         """
         args, engine, x = self.args, self.engine, experience
         started, R = time.time(), x.mask.size(1)
         minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        # clipped, approximate KL, ratio, clipped values, squared error, tokens
+        # clipped, approximate KL, ratio, tokens, clipped values, squared error
         sums = torch.zeros(6, device=x.mask.device)
-        losses = []
+        losses, critic_part = [], 0.0
 
         def actor_sum(rows):
             logprobs, _ = engine.actor(x.tokens[rows], x.attention_mask[rows], x.mask[rows], args.temperature)
             loss, clipped, approxkl = ppo_actor_loss(logprobs, x.logprobs[rows], x.advantages[rows], x.mask[rows],
                                                      args.cliprange)
             ratio = ((logprobs.detach() - x.logprobs[rows]).exp() * x.mask[rows]).sum()
-            sums[:3] += torch.stack([clipped, approxkl, ratio])
+            sums[:4] += torch.stack([clipped, approxkl, ratio, x.mask[rows].sum()])
+            if args.advantage == "grpo":
+                loss = loss + self.kl_coef * kl_penalty(logprobs, x.ref_logprobs[rows], x.mask[rows])
             return loss
 
         def critic_sum(rows):
             values = engine.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
             loss, clipped = critic_loss(values, x.values[rows], x.returns[rows], x.mask[rows], args.cliprange_value)
             squared_error = ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum()
-            sums[3:] += torch.stack([clipped, squared_error, x.mask[rows].sum()])
+            sums[4:] += torch.stack([clipped, squared_error])
             return loss
 
         for _ in range(args.ppo_epochs):
@@ -374,25 +435,28 @@ class DeepSpeedPPOTrainer:
                 count, = all_sum(x.mask[minibatch].sum())
                 micro_batches = minibatch.split(args.per_device_train_batch_size)
                 actor_part, actor_norm = train_step(engine.actor, micro_batches, actor_sum, count)
-                critic_part, critic_norm = train_step(engine.critic, micro_batches, critic_sum, count)
+                if engine.critic:
+                    critic_part, critic_norm = train_step(engine.critic, micro_batches, critic_sum, count)
                 losses.append(all_sum(actor_part, critic_part))
                 if engine.ema:
                     engine.ema.update()
 
-        clipped, approxkl, ratio, clipped_values, squared_error, tokens = all_sum(*sums)
-        total, squares, count = all_sum((x.returns * x.mask).sum(), (x.returns.square() * x.mask).sum(), x.mask.sum())
-        variance = squares / count - (total / count) ** 2
+        clipped, approxkl, ratio, tokens, clipped_values, squared_error = all_sum(*sums)
         actor_mean, critic_mean = torch.tensor(losses).mean(0).tolist()
         if args.kl_target > 0:
             self.kl_coef = adapt_kl_coef(self.kl_coef, self.metrics["objective/kl"], args.kl_target, self.rows)
         seconds = time.time() - started
         self.metrics.update({
-            "ppo/loss/policy": actor_mean, "ppo/loss/value": critic_mean, "ppo/policy/clipfrac": clipped / tokens,
+            "ppo/loss/policy": actor_mean, "ppo/policy/clipfrac": clipped / tokens,
             "ppo/policy/approxkl": approxkl / tokens, "ppo/policy/ratio": ratio / tokens,
-            "ppo/val/clipfrac": clipped_values / tokens,
-            "ppo/val/var_explained": 1 - squared_error / tokens / max(variance, 1e-8),
-            "ppo/returns/mean": total / count, "ppo/policy/grad_norm": actor_norm, "ppo/val/grad_norm": critic_norm,
-            "lr": engine.actor.get_lr()[0], "time/train": seconds})
+            "ppo/policy/grad_norm": actor_norm, "lr": engine.actor.get_lr()[0], "time/train": seconds})
+        if engine.critic:
+            total, squares, count = all_sum(x.returns.sum(), x.returns.square().sum(), x.mask.sum())
+            variance = squares / count - (total / count) ** 2
+            self.metrics.update({
+                "ppo/loss/value": critic_mean, "ppo/val/clipfrac": clipped_values / tokens,
+                "ppo/val/var_explained": 1 - squared_error / tokens / max(variance, 1e-8),
+                "ppo/returns/mean": total / count, "ppo/val/grad_norm": critic_norm})
         seconds += self.metrics["time/generate"] + self.metrics["time/score"]
         self.metrics["tokens_per_second"] = self.read / seconds
         return actor_mean, critic_mean
@@ -406,7 +470,7 @@ def evaluate(trainer, dataloader, scorer):
     """
     engine, sums, answered = trainer.engine, [0.0, 0.0, 0.0, 0.0], []
     for number, batch in enumerate(dataloader, 1):
-        rollout, attention_mask = trainer.respond(engine.generator, batch, -number)
+        rollout, attention_mask = trainer.respond(engine.generator, batch, 1, -number)
         logprobs, ref_logprobs, _ = trainer.logprobs(rollout.tokens, attention_mask, rollout.mask)
         _, scores = trainer.score(rollout, attention_mask, batch["records"])
         answers = list(zip(batch["records"], decode_answers(engine.tokenizer, rollout)))
@@ -440,10 +504,11 @@ def main(config):
     engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer,
                                  total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
-    updates = rows // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M, critic {parameter_count(engine.critic) / 1e6:.1f}M "
-           f"parameters; {total_steps} steps of {rows * world} prompts, {config.ppo_epochs} epoch(s) of "
-           f"{updates} update(s)")
+    n, minibatch_rows = config.num_generations, config.per_device_train_batch_size * config.gradient_accumulation_steps
+    critic_size = f"critic {parameter_count(engine.critic) / 1e6:.1f}M" if engine.critic else "no critic"
+    print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M parameters, {critic_size}; {total_steps} steps of "
+           f"{rows * world} prompts x {n} answer(s), {config.ppo_epochs} epoch(s) of {rows * n // minibatch_rows} "
+           "update(s)")
 
     # -------------------------------------------------------------------------
     # training
@@ -463,7 +528,8 @@ def main(config):
     held, answered = evaluate(trainer, held_loader, gold_scorer(config))
     print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
     save_model(engine.actor, tokenizer, folder)
-    save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
+    if engine.critic:
+        save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
     if engine.ema:
         save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema", engine.ema.average)
     seconds = time.time() - began
