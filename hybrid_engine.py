@@ -259,13 +259,14 @@ def write_summary(config, section, values, model):
     path = Path(config.output_dir) / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() and section != "sft" else {}  # a new run begins with SFT
     summary[section] = {name: round(value, 4) for name, value in values.items() if value is not None}
-    summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "ppo") if s in summary), 1)
+    summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "dpo", "ppo") if s in summary), 1)
     hardware = Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers)}
     summary.update(model=summary.get("model", model), hardware=hardware, seed=config.seed,
                    versions={"python": sys.version.split()[0], **versions})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
-    write_json(Path(config.output_dir) / {"ppo": "actor"}.get(section, section) / "run_config.json", summary["config"][section])
+    folder = Path(config.output_dir) / {"ppo": "actor", "dpo": "actor"}.get(section, section)
+    write_json(folder / "run_config.json", summary["config"][section])
     write_json(path, summary)
     return summary
 

@@ -37,8 +37,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from data import (Collator, DataConfig, EncodedDataset, UsageError, count_steps, decode_answers, flag, gold_scorer,
-                  load_records, load_tokenizer, make_dataloader, training_steps)
+from data import (Collator, DataConfig, EncodedDataset, MicroBatches, UsageError, count_steps, decode_answers,
+                  encode_text, flag, gold_scorer, load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
                            RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model,
                            memory_gb, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group,
@@ -70,6 +70,9 @@ class Config(EngineConfig, DataConfig):
     temperature: float = flag(1.0, "of sampling, and of all log-probabilities")
     top_p: float = flag(1.0, "nucleus sampling in rollouts; below 1 the ratio's policy is still the whole one")
     inference_tp_size: int = flag(1, "processes that share one copy of the actor's weights while generating")
+    unsupervised_data_path: list[str] = flag([], "plain text (.txt, .gz, any source) to stay good at: the ptx term")
+    unsup_coef: float = flag(27.8, "weight of the ptx term's loss, nats a token, in the actor's")
+    eval_steps: int = flag(0, "steps between evaluations on held-out prompts, logged as eval/...; 0: at the end only")
     enable_ema: bool = flag(False, "also keep and save an average of the actor's weights (decay 0.992)")
 
 
@@ -252,11 +255,13 @@ class DeepSpeedRLHFEngine:
         actor = LanguageModel(add_lora(load_actor(), args))
         adapters_only = args.lora_dim and args.only_optimize_lora  # then the actor without them is the reference
         self.ref = None if adapters_only else frozen_engine(LanguageModel(load_actor()), settings)
-        self.rewards = {}
+        self.rewards = {}  # by name
         for name in names:
             short = name.rpartition(":")[2] if functions[name] else Path(name).name  # what its scores are logged as
             self.rewards[name if short in self.rewards else short] = (
                 functions[name] or frozen_engine(load_score(name), settings))
+        models = [reward for reward in self.rewards.values() if isinstance(reward, torch.nn.Module)]
+        self.reward = models[0] if models else None  # the first reward model
         self.actor = train_engine(actor, settings, args, args.actor_learning_rate, updates)
         self.critic = None
         if args.advantage == "gae":
@@ -400,19 +405,24 @@ class DeepSpeedPPOTrainer:
             **{f"memory/{name.replace(' ', '_')}_gb": size for name, size in memory.items()}}
         return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores, advantages, returns)
 
-    def train_rlhf(self, experience):
+    def train_rlhf(self, experience, unsupervised=None):
         """
         `ppo_epochs` passes in shuffled minibatches, each one optimizer step of actor and critic -> mean actor and
         critic loss (nats, reward^2; 0 without a critic).
+
+        unsupervised  iterator that yields, for each optimizer step, gradient_accumulation_steps batches of
+                      data.Collator(1): the actor minimises PPO's loss + unsup_coef x their mean nats a token in the
+                      same step (Ouyang et al. 2022, eq. 2)
         """
         args, engine, x = self.args, self.engine, experience
         started, R = time.time(), x.mask.size(1)
         minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        # clipped, approximate KL, ratio, tokens, clipped values, squared error
-        sums = torch.zeros(6, device=x.mask.device)
+        # clipped, approximate KL, ratio, tokens, clipped values, squared error, nats and tokens of the ptx term
+        sums = torch.zeros(8, device=x.mask.device)
         losses, critic_part = [], 0.0
 
-        def actor_sum(rows):
+        def actor_sum(micro_batch):
+            rows, text = micro_batch
             logprobs, _ = engine.actor(x.tokens[rows], x.attention_mask[rows], x.mask[rows], args.temperature)
             loss, clipped, approxkl = ppo_actor_loss(logprobs, x.logprobs[rows], x.advantages[rows], x.mask[rows],
                                                      args.cliprange)
@@ -420,13 +430,18 @@ class DeepSpeedPPOTrainer:
             sums[:4] += torch.stack([clipped, approxkl, ratio, x.mask[rows].sum()])
             if args.advantage == "grpo":
                 loss = loss + self.kl_coef * kl_penalty(logprobs, x.ref_logprobs[rows], x.mask[rows])
+            if text:
+                trained = text["loss_mask"][:, 1:]
+                nats = -engine.actor(text["input_ids"], text["attention_mask"], trained)[0].sum()
+                sums[6:] += torch.stack([nats.detach(), trained.sum()])
+                loss = loss + args.unsup_coef * nats * count / text_tokens  # train_step divides all by count
             return loss
 
         def critic_sum(rows):
             values = engine.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
             loss, clipped = critic_loss(values, x.values[rows], x.returns[rows], x.mask[rows], args.cliprange_value)
             squared_error = ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum()
-            sums[4:] += torch.stack([clipped, squared_error])
+            sums[4:6] += torch.stack([clipped, squared_error])
             return loss
 
         for _ in range(args.ppo_epochs):
@@ -434,20 +449,24 @@ class DeepSpeedPPOTrainer:
             for minibatch in order.split(minibatch_rows):
                 count, = all_sum(x.mask[minibatch].sum())
                 micro_batches = minibatch.split(args.per_device_train_batch_size)
-                actor_part, actor_norm = train_step(engine.actor, micro_batches, actor_sum, count)
+                texts = list(map(to_device, next(unsupervised) if unsupervised else [{}] * len(micro_batches)))
+                text_tokens, = all_sum(sum(text["loss_mask"][:, 1:].sum() for text in texts if text))
+                actor_part, actor_norm = train_step(engine.actor, list(zip(micro_batches, texts)), actor_sum, count)
                 if engine.critic:
                     critic_part, critic_norm = train_step(engine.critic, micro_batches, critic_sum, count)
                 losses.append(all_sum(actor_part, critic_part))
                 if engine.ema:
                     engine.ema.update()
 
-        clipped, approxkl, ratio, tokens, clipped_values, squared_error = all_sum(*sums)
+        clipped, approxkl, ratio, tokens, clipped_values, squared_error, nats, text_tokens = all_sum(*sums)
         actor_mean, critic_mean = torch.tensor(losses).mean(0).tolist()
+        ptx = nats / max(text_tokens, 1)
         if args.kl_target > 0:
             self.kl_coef = adapt_kl_coef(self.kl_coef, self.metrics["objective/kl"], args.kl_target, self.rows)
         seconds = time.time() - started
         self.metrics.update({
-            "ppo/loss/policy": actor_mean, "ppo/policy/clipfrac": clipped / tokens,
+            "ppo/loss/policy": actor_mean - args.unsup_coef * ptx,
+            **({"ppo/loss/ptx": ptx} if unsupervised else {}), "ppo/policy/clipfrac": clipped / tokens,
             "ppo/policy/approxkl": approxkl / tokens, "ppo/policy/ratio": ratio / tokens,
             "ppo/policy/grad_norm": actor_norm, "lr": engine.actor.get_lr()[0], "time/train": seconds})
         if engine.critic:
@@ -463,23 +482,29 @@ class DeepSpeedPPOTrainer:
 
 
 @torch.no_grad()
-def evaluate(trainer, dataloader, scorer):
+def evaluate(trainer, dataloader, scorer, rivals=None):
     """
-    Answers to the held-out prompts, sampled as in training -> ({score, kl (nats a response), gold or None} over all
-    ranks, [(record, answer)] of this one).
+    Answers to the held-out prompts, sampled as in training and with the same noise at every call -> numbers over all
+    ranks, [(record, answer)] and marks of this rank's.
+
+    scorer  f(record, answer) -> exact mark of an answer, or None
+    rivals  marks of an earlier call, of the SFT model's answers: win_rate is the share of prompts whose answer is
+            marked better now, a tie counting half. Marks are the scorer's, without one the trained reward's scores
+    numbers score, kl (nats a response), gold and win_rate, the last two None where nothing can be said
     """
-    engine, sums, answered = trainer.engine, [0.0, 0.0, 0.0, 0.0], []
+    engine, answered, marks, sums = trainer.engine, [], [], [0.0, 0.0]
     for number, batch in enumerate(dataloader, 1):
         rollout, attention_mask = trainer.respond(engine.generator, batch, 1, -number)
         logprobs, ref_logprobs, _ = trainer.logprobs(rollout.tokens, attention_mask, rollout.mask)
         _, scores = trainer.score(rollout, attention_mask, batch["records"])
         answers = list(zip(batch["records"], decode_answers(engine.tokenizer, rollout)))
-        gold = sum(scorer(record, answer) for record, answer in answers) if scorer else 0.0
-        kl = (logprobs - ref_logprobs).sum()
-        sums = [a + float(b) for a, b in zip(sums, (scores.sum(), kl, gold, len(answers)))]
+        sums = [a + float(b) for a, b in zip(sums, (scores.sum(), (logprobs - ref_logprobs).sum()))]
+        marks += [scorer(record, answer) for record, answer in answers] if scorer else scores.tolist()
         answered += answers
-    score, kl, gold, count = all_sum(*sums)
-    return {"score": score / count, "kl": kl / count, "gold": gold / count if scorer else None}, answered
+    wins = sum((mark > rival) + 0.5 * (mark == rival) for mark, rival in zip(marks, rivals or []))
+    score, kl, marked, wins, count = all_sum(*sums, sum(marks), wins, len(marks))
+    return {"score": score / count, "kl": kl / count, "gold": marked / count if scorer else None,
+            "win_rate": wins / count if rivals else None}, answered, marks
 
 
 def main(config):
@@ -498,17 +523,28 @@ def main(config):
     train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world)
     held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
+    parts = config.gradient_accumulation_steps
+    minibatch_rows = config.per_device_train_batch_size * parts
+    updates = rows * config.num_generations // minibatch_rows
+    unsupervised = None
+    if config.unsupervised_data_path:  # as much text in an optimizer step as there are answers
+        chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len, log=print0)
+        text_loader = make_dataloader(chunks, MicroBatches(Collator(1, tokenizer.pad_token_id), parts), minibatch_rows,
+                                      config.seed, rank, world)
+        text_steps = training_steps(text_loader, total_steps * config.ppo_epochs * updates)
+        unsupervised = (batches for _, batches in text_steps)
 
     # -------------------------------------------------------------------------
     # models and optimisers
     engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer,
                                  total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
-    n, minibatch_rows = config.num_generations, config.per_device_train_batch_size * config.gradient_accumulation_steps
     critic_size = f"critic {parameter_count(engine.critic) / 1e6:.1f}M" if engine.critic else "no critic"
     print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M parameters, {critic_size}; {total_steps} steps of "
-           f"{rows * world} prompts x {n} answer(s), {config.ppo_epochs} epoch(s) of {rows * n // minibatch_rows} "
-           "update(s)")
+           f"{rows * world} prompts x {config.num_generations} answer(s), {config.ppo_epochs} epoch(s) of "
+           f"{updates} update(s)")
+    scorer = gold_scorer(config)
+    first, _, sft_marks = evaluate(trainer, held_loader, scorer)  # the actor is still the SFT model
 
     # -------------------------------------------------------------------------
     # training
@@ -520,12 +556,15 @@ def main(config):
                       ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor)
     for step, prompt_batch in training_steps(train_loader, total_steps):
         out = trainer.generate_experience(prompt_batch)
-        trainer.train_rlhf(out)
+        trainer.train_rlhf(out, unsupervised)
+        if config.eval_steps and step % config.eval_steps == 0:
+            held, _, _ = evaluate(trainer, held_loader, scorer, sft_marks)
+            trainer.metrics.update({f"eval/{name}": value for name, value in held.items() if value is not None})
         log(step, trainer.metrics)
 
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
-    held, answered = evaluate(trainer, held_loader, gold_scorer(config))
+    held, answered, _ = evaluate(trainer, held_loader, scorer, sft_marks)
     print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
@@ -534,8 +573,11 @@ def main(config):
         save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema", engine.ema.average)
     seconds = time.time() - began
     write_summary(config, "ppo", {"seconds": seconds, **held}, config.actor_model_name_or_path)
-    print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {held['score']:.3f}, KL {held['kl']:.2f} nats a response"
-           + (f", gold {held['gold']:.3f}" if held["gold"] is not None else "") + f"; saved {folder}")
+    judge = "gold" if scorer else "score"
+    print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {first['score']:.3f} -> {held['score']:.3f}, "
+           f"KL {held['kl']:.2f} nats a response"
+           + (f", gold {first['gold']:.3f} -> {held['gold']:.3f}" if scorer else "")
+           + f"; better than the SFT model's answer in {held['win_rate']:.0%} by {judge}; saved {folder}")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def test_the_held_out_prompts_are_answered_once(folders):
     from step3_ppo import evaluate
     trainer = real_trainer(folders, advantage="rloo", num_generations=3, max_prompt_seq_len=64)
     batch = ragged_prompts(trainer)
-    held, answered = evaluate(trainer, [batch], lambda record, answer: 1.0)
+    held, answered, _ = evaluate(trainer, [batch], lambda record, answer: 1.0)
     assert len(answered) == 4 and held["gold"] == 1
 
 
