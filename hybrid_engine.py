@@ -38,6 +38,7 @@ from pathlib import Path
 
 import deepspeed
 import numpy as np
+import psutil
 import safetensors
 import torch
 import torch.distributed as dist
@@ -110,6 +111,9 @@ def setup(config):
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         # on a CPU gloo does; DeepSpeed's own all-reduce would be compiled at the first start, for most of a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # gloo would listen where the host's name leads, which many an /etc/hosts says is 127.0.0.1
+        interfaces = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces.get(host_address(), ""))
         deepspeed.init_distributed(verbose=False)
         watch_hosts()
     world = dist.get_world_size()
