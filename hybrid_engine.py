@@ -113,7 +113,8 @@ def setup(config):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # gloo would listen where the host's name leads, which many an /etc/hosts says is 127.0.0.1
         interfaces = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces.get(host_address(), ""))
+        if host_address() in interfaces:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces[host_address()])
         deepspeed.init_distributed(verbose=False)
         watch_hosts()
     world = dist.get_world_size()
