@@ -57,11 +57,11 @@ def first_line(error):
 
 @contextmanager
 def one_sentence():
-    """Inside, a UsageError ends the program: its sentence on rank 0's standard error, exit code 2, no traceback."""
+    """Inside, a UsageError ends the program: its sentence once a host on standard error, exit code 2, no traceback."""
     try:
         yield
     except UsageError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # what is wrong may be wrong on one host alone
             print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
