@@ -517,9 +517,9 @@ def planned_models(config):
     models = {"actor": empty_model(actor, config)}
     if not (config.lora_dim and config.only_optimize_lora):
         models["ref"] = empty_model(actor, config, trained=False)
-    for name in config.reward_fn or [critic]:
-        if not name.rpartition(":")[0].endswith(".py"):
-            models[f"reward {len(models)}" if "reward" in models else "reward"] = empty_model(name, config, "score", False)
+    scorers = [name for name in config.reward_fn or [critic] if not name.rpartition(":")[0].endswith(".py")]
+    for i, name in enumerate(scorers):
+        models[f"reward {i + 1}" if i else "reward"] = empty_model(name, config, "score", trained=False)
     if config.advantage == "gae":
         models["critic"] = empty_model(critic, config, "score")
     return models
