@@ -111,6 +111,8 @@ def setup(config):
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         # on a CPU gloo does; DeepSpeed's own all-reduce would be compiled at the first start, for most of a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # ninja, for what DeepSpeed compiles (offload): ssh starts this Python without its environment's folder in PATH
+        os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
         # gloo would listen where the host's name leads, which many an /etc/hosts says is 127.0.0.1
         interfaces = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
         if host_address() in interfaces:
