@@ -139,13 +139,15 @@ BEAT_SECONDS, SILENT_BEATS = 5, 15  # a rank not heard for 75 s is lost
 
 def watch_hosts():
     """
-    Ends this process, with a sentence that names the host, when a rank on another one is not heard any more. A host that
-    loses its power or its link closes no connection, so the others would wait in their next collective for its timeout:
-    30 minutes, which a long save or evaluation needs. On one host nothing is watched: there the launcher ends the others.
+    Ends this process, with a sentence that names the host, when a rank on another one is not heard any more. A host
+    that loses its power or its link closes no connection, so the others would wait in their next collective for its
+    timeout: 30 minutes, which a long save or evaluation needs. On one host nothing is watched: there the launcher ends
+    the others.
 
-    Two daemon threads. `talk` tells rank 0's store that this rank is alive and asks for the others; a dead link may block
-    it for as long as it likes, so `judge` counts. It counts beats and not seconds: while this process is stopped or
-    starved itself, nobody else is silent. The main thread may compute, load or wait for as long as it releases the GIL.
+    Two daemon threads. `talk` tells rank 0's store that this rank is alive and asks for the others; a dead link may
+    block it for as long as it likes, so `judge` counts. It counts beats and not seconds: while this process is stopped
+    or starved itself, nobody else is silent. The main thread may compute, load or wait for as long as it releases the
+    GIL.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # its own socket
@@ -176,8 +178,8 @@ def watch_hosts():
                 lost = [0] if 0 in lost else lost  # without rank 0's store nobody is heard
                 names = " and ".join(sorted({hosts[r] for r in lost}))
                 print(f"\n{Path(sys.argv[0]).name}: error: nothing heard for {BEAT_SECONDS * SILENT_BEATS} s from rank "
-                      f"{', '.join(map(str, lost))} on host {names}: host, network or process is gone. This is rank {rank} "
-                      f"on {hosts[rank]}; it ends now.", file=sys.stderr, flush=True)
+                      f"{', '.join(map(str, lost))} on host {names}: host, network or process is gone. This is rank "
+                      f"{rank} on {hosts[rank]}; it ends now.", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread waits in a collective that no exception reaches
 
     threads = [threading.Thread(target=work, daemon=True) for work in (talk, judge)]
