@@ -17,6 +17,7 @@ Memory, bytes per parameter of a trained model, before activations (N ranks):
 Everything here speaks token ids; text is data.py's.
 """
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -24,17 +25,21 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
+import signal
 import socket
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+import zlib
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
 import numpy as np
+import psutil
 import safetensors
 import torch
 import torch.distributed as dist
@@ -42,6 +47,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
 from data import UsageError, first_line, flag, one_sentence, parse_config
@@ -69,6 +76,9 @@ class EngineConfig:
     num_train_epochs: int = flag(1, "passes over this stage's rows")
     max_steps: int = flag(-1, "steps of the run, the rows repeated as needed; -1: as many as the epochs have")
     logging_steps: int = flag(10, "steps between printed lines")
+    save_steps: int = flag(0, "steps between checkpoints, from which --resume goes on; 0: none")
+    save_total_limit: int = flag(2, "checkpoints kept, the newest")
+    resume: bool = flag(False, "go on from the newest complete checkpoint in --output_dir; leave a finished stage alone")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     lora_dim: int = flag(0, "rank of LoRA adapters; 0 trains the weights themselves")
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / dim; 0: alpha = 2 dim")
@@ -122,8 +132,8 @@ def setup(config):
 
 
 AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_generation_batch_size",
-              "num_train_epochs", "ppo_epochs", "logging_steps", "max_eval_samples", "max_seq_len",
-              "max_prompt_seq_len", "max_answer_seq_len")
+              "num_train_epochs", "ppo_epochs", "logging_steps", "save_total_limit", "max_eval_samples",
+              "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")
 
 
 def check_flags(config):
@@ -135,6 +145,8 @@ def check_flags(config):
     for name, value in flags.items():
         if name.endswith("learning_rate") and not value >= 0:
             raise UsageError(f"--{name} {value}: 0 or more is needed.")
+    if config.save_steps < 0:
+        raise UsageError(f"--save_steps {config.save_steps}: 0 (no checkpoints) or more is needed.")
     if not flags.get("temperature", 1) > 0:
         raise UsageError(f"--temperature {config.temperature}: rollouts are sampled, so it must be over 0 (PPO learns "
                          "nothing from greedy answers).")
@@ -210,14 +222,15 @@ class MetricsLog:
     """
     Rank 0: one JSON object a step in `folder/metrics.jsonl`, every `every` steps a fixed-width line with speed and time
     left, and DeepSpeed's monitor (TensorBoard, W&B, CSV: sections of the DeepSpeed JSON) where it is switched on.
+    A resumed run, with `done` steps behind it, appends.
     """
 
-    def __init__(self, folder, total_steps, every, columns, monitor=None):
+    def __init__(self, folder, total_steps, every, columns, monitor=None, done=0):
         self.total_steps, self.every, self.columns, self.monitor = total_steps, every, columns, monitor
-        self.began, self.rank0 = time.time(), dist.get_rank() == 0
+        self.done, self.began, self.rank0 = done, time.time(), dist.get_rank() == 0
         if self.rank0:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self.file = open(Path(folder) / "metrics.jsonl", "w", buffering=1)
+            self.file = open(Path(folder) / "metrics.jsonl", "a" if done else "w", buffering=1)
 
     def __call__(self, step, metrics):
         """step counts from 1; metrics are floats (means over what they were measured on, all ranks)."""
@@ -227,12 +240,12 @@ class MetricsLog:
         self.file.write(json.dumps(metrics) + "\n")
         if self.monitor is not None and self.monitor.enabled:
             self.monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
-        if step % self.every == 0 or step in (1, self.total_steps):
-            elapsed = time.time() - self.began
+        if step % self.every == 0 or step in (self.done + 1, self.total_steps):
+            pace = (time.time() - self.began) / (step - self.done)  # seconds a step
             line = "  ".join(f"{label} {metrics[name]:>{width}}"
                              for label, name, width in self.columns if name in metrics)
-            print(f"step {step:>5}/{self.total_steps}  {line}  {step / elapsed:5.2f} steps/s  "
-                  f"{elapsed / step * (self.total_steps - step):4.0f} s left", flush=True)
+            print(f"step {step:>5}/{self.total_steps}  {line}  {1 / pace:5.2f} steps/s  "
+                  f"{pace * (self.total_steps - step):4.0f} s left", flush=True)
 
 
 def memory_gb():
@@ -252,6 +265,9 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
+STAGES = {"sft": "sft", "reward": "reward", "ppo": "actor"}  # section of summary.json: the folder below output_dir
+
+
 def write_summary(config, section, values, model):
     """Puts a stage's headline numbers into output_dir/summary.json beside those of the stages before it."""
     if dist.get_rank() != 0:
@@ -265,8 +281,8 @@ def write_summary(config, section, values, model):
     summary.update(model=summary.get("model", model), hardware=hardware, seed=config.seed,
                    versions={"python": sys.version.split()[0], **versions})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
-    write_json(Path(config.output_dir) / {"ppo": "actor"}.get(section, section) / "run_config.json", summary["config"][section])
     write_json(path, summary)
+    write_json(Path(config.output_dir) / STAGES[section] / "run_config.json", resolved_config(config))  # --resume: done
     return summary
 
 
@@ -655,6 +671,280 @@ def tensor_parallel_group(size):
 
 def to_device(batch):
     return {name: value.to(device()) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: --save_steps, --save_total_limit, --resume
+
+ANY_VALUE = {  # flags that a resumed run may change; those that matter in another way are in resolved_config again
+    "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "per_device_generation_batch_size", "inference_tp_size", "logging_steps", "save_steps", "save_total_limit", "resume"}
+
+
+def resolved_config(config):
+    """The flags, and what decides beside them how a run goes: ZeRO stage, dtype, rows a step, the files it starts from."""
+    flags, settings, world = dataclasses.asdict(config), deepspeed_settings(config), dist.get_world_size()
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world
+    flags["zero_stage or deepspeed_config: stage"] = settings["zero_optimization"]["stage"]
+    flags["deepspeed_config: dtype, gradient_clipping"] = [str(compute_dtype(settings)), settings.get("gradient_clipping")]
+    flags["per_device_train_batch_size x gradient_accumulation_steps x processes"] = rows
+    if "per_device_generation_batch_size" in flags:
+        rows = config.per_device_generation_batch_size * world
+        flags["per_device_generation_batch_size x processes"] = rows
+    sources = {name: value for name, value in vars(config).items() if name.endswith("model_name_or_path")}
+    for name, paths in {**{name: [value] for name, value in sources.items()}, "data_path": config.data_path}.items():
+        flags.update({f"{name}: checksum of {path}": checksum(path) for path in paths if os.path.exists(path)})
+    return flags
+
+
+def checksum(path):
+    """Of a data file or a model folder: names, sizes and the first and last megabyte of each file."""
+    crc, reports = 0, ("metrics.jsonl", "run_config.json", "summary.json")
+    for file in sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]:
+        if file.is_file() and file.name not in reports:
+            size = file.stat().st_size
+            with open(file, "rb") as opened:
+                crc = zlib.crc32(f"{file.name} {size} ".encode() + opened.read(2**20), crc)
+                opened.seek(max(size - 2**20, 0))
+                crc = zlib.crc32(opened.read(), crc)
+    return crc
+
+
+def changed_flag(then, now):
+    """Two resolved configs -> the first flag that matters and is not the same, with both values; None: all the same."""
+    names = (name for name in now if name not in ANY_VALUE and then.get(name, now[name]) != now[name])
+    return next(((name, then[name], now[name]) for name in names), None)
+
+
+def on_rank0(function):
+    """function() of rank 0, for every rank; a UsageError there is raised on every rank."""
+    result = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [function()]
+        except UsageError as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], UsageError):
+        raise result[0]
+    return result[0]
+
+
+class DurableWriter(TorchCheckpointEngine):
+    """
+    What DeepSpeed's engines write their files with. `files` has the size of each, on the disk and not in a cache when
+    `save` returns. An error is kept and not raised, because the other ranks wait in the next collective.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.files, self.error = folder, {}, None
+
+    def save(self, state_dict, path):
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self.files[str(Path(path).relative_to(self.folder))] = os.path.getsize(path)
+        except (OSError, RuntimeError) as error:  # torch's zip writer makes its own of a full disk
+            self.error = self.error or first_line(error)
+            Path(path).unlink(missing_ok=True)
+
+
+class Checkpoints:
+    """
+    One stage's checkpoints, `folder`/checkpoint-<step>: DeepSpeed's files of each engine, the trainer's state, each
+    rank's random numbers, metrics.jsonl so far, and manifest.json, written last, with the size of every file. A folder
+    has its name only when all of it is on the disk. All ranks must see the same --output_dir.
+
+        checkpoints = Checkpoints(config, "sft")      # raises UsageError if --resume finds one made by other flags
+        done = checkpoints.load({"model": engine}, total_steps)
+        for step in range(done + 1, total_steps + 1): ...; checkpoints.save(step)
+
+    finished   --resume, and the stage has already been run to its end with these flags
+    seconds    spent by the runs that this one goes on from
+    """
+
+    def __init__(self, config, section):
+        self.config, self.section, self.folder = config, section, Path(config.output_dir) / STAGES[section]
+        self.began, self.terminated = time.time(), False
+        self.finished, self.manifest = on_rank0(self._find)
+        self.seconds = self.manifest["seconds"] if self.manifest else 0.0
+
+    def _all(self):
+        """Folders that are named as checkpoints, newest first."""
+        found = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(found, key=lambda path: -int(path.name.split("-")[1]))
+
+    def _find(self):
+        """Rank 0: (is the stage finished?, the manifest of the newest complete checkpoint if --resume wants it)."""
+        now, record, summary = resolved_config(self.config), self.folder / "run_config.json", Path(self.config.output_dir) / "summary.json"
+        if self.config.resume and record.exists() and summary.exists() and self.section in json.loads(summary.read_text()):
+            changed = changed_flag(json.loads(record.read_text()), now)
+            if not changed:
+                print0(f"{self.folder}: done already, --resume leaves it")
+                return True, None
+            print0("{}: not finished with these flags: --{} was {}, now {}".format(self.folder, *changed))
+        for path in self._all():
+            manifest, problem = self._read(path)
+            if problem:
+                print0(f"{path}: skipped, it is not complete ({problem})")
+            elif not self.config.resume:
+                print0(f"{path}: an earlier run's, --resume would go on from it; this run starts from the beginning, "
+                       "and replaces it with its own first checkpoint")
+                return False, None
+            elif changed := changed_flag(manifest["config"], now):
+                name, old, new = changed
+                raise UsageError(f"{path} was made with --{name} {old}, and now it is {new}: give {old} again to go on, "
+                                 f"or remove {self.folder}/checkpoint-* to start from the beginning.")
+            else:
+                return False, manifest
+        if self.config.resume:
+            print0(f"{self.folder}: --resume finds no complete checkpoint, so the run starts from the beginning")
+        return False, None
+
+    def _read(self, path):
+        """A checkpoint's folder -> (manifest, None), or (None, what is wrong with it)."""
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+        except (OSError, ValueError):
+            return None, "no manifest.json"
+        for name, size in manifest["files"].items():
+            found = (path / name).stat().st_size if (path / name).exists() else 0
+            if found != size:
+                return None, f"{name} has {found} of {size} bytes"
+        return manifest, None
+
+    def load(self, engines, total_steps, trainer=None):
+        """
+        Puts the checkpoint that --resume found into the engines (a dict; DeepSpeed's), the trainer (`load_state_dict`)
+        and the random number generators -> steps done, 0 without a checkpoint. With --save_steps a SIGTERM from here to
+        the last step ends the run, exit code 143, after the step and its checkpoint.
+        """
+        self.engines, self.total_steps, self.trainer = engines, total_steps, trainer
+        if dist.get_rank() == 0:
+            for left in self.folder.glob("checkpoint-*.tmp"):
+                shutil.rmtree(left)
+            (self.folder / "run_config.json").unlink(missing_ok=True)  # it says that the stage is finished
+        if self.config.save_steps:
+            self.default = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+        dist.barrier()
+        return self._restore(self.folder / f"checkpoint-{self.manifest['step']}") if self.manifest else 0
+
+    def _restore(self, path):
+        ranks, world, rank = self.manifest["processes"], dist.get_world_size(), dist.get_rank()
+        for name, engine in self.engines.items():
+            decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+            folder, tag = path, name
+            if ranks != world and any("optim_states" in file for file in self.manifest["files"]):  # ZeRO's shares
+                folder, tag = path.with_suffix(".tmp"), f"{name}-universal"
+                on_rank0(lambda: to_universal(path / name, folder / tag))
+                engine._config.load_universal_checkpoint = True
+            loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+            if loaded is None:
+                raise UsageError(f"{path / name} could not be loaded by DeepSpeed; remove {path} to go on from an older one.")
+            engine._config.load_universal_checkpoint = False
+            for group, decay in zip(engine.optimizer.param_groups, decays):
+                group["weight_decay"] = decay  # DeepSpeed's universal loader gives all groups the first one's
+        if self.trainer:
+            self.trainer.load_state_dict(torch.load(path / "trainer.pt", weights_only=False))
+        if ranks == world:
+            random_state(torch.load(path / f"random-{rank}.pt", weights_only=False))
+        else:
+            seed_everything(self.config.seed + self.manifest["step"])
+            print0(f"{path} is of {ranks} process(es), now {world}: random numbers go on from --seed and the step")
+        if rank == 0:
+            shutil.copy(path / "metrics.jsonl", self.folder / "metrics.jsonl")
+            shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+        dist.barrier()
+        print0(f"resumed from {path}: {self.manifest['step']} of {self.total_steps} steps are done")
+        return self.manifest["step"]
+
+    def save(self, step):
+        """After every step: writes a checkpoint where one is due, or where SIGTERM came to any rank."""
+        if not self.config.save_steps:
+            return
+        stop, = all_sum(self.terminated)
+        if step % self.config.save_steps == 0 or stop:
+            temporary, rank = self.folder / f"checkpoint-{step}.tmp", dist.get_rank()
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+            dist.barrier()
+            writer = DurableWriter(temporary)
+            for name, engine in self.engines.items():
+                engine.checkpoint_engine = writer
+                engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
+            writer.save(random_state(), temporary / f"random-{rank}.pt")
+            if self.trainer and rank == 0:
+                writer.save(self.trainer.state_dict(), temporary / "trainer.pt")
+            written = [None] * dist.get_world_size()
+            dist.all_gather_object(written, (writer.error, writer.files))
+            on_rank0(lambda: self._complete(step, temporary, written))
+        if stop:
+            print0(f"SIGTERM: {self.folder}/checkpoint-{step} is saved, --resume goes on from it")
+            sys.exit(128 + signal.SIGTERM)
+        if step == self.total_steps and self.config.save_steps:
+            signal.signal(signal.SIGTERM, self.default)
+
+    def _complete(self, step, temporary, written):
+        """Rank 0, when all ranks have written: manifest and name for the new checkpoint, then older ones go."""
+        final = self.folder / f"checkpoint-{step}"
+        error = next((error for error, _ in written if error), None)
+        files = {name: size for _, part in written for name, size in part.items()}
+        try:
+            if error:
+                raise OSError(error)
+            if missing := [name for name in files if not (temporary / name).exists()]:
+                raise OSError(f"{missing[0]} was written by another host; a folder that all hosts share is needed")
+            shutil.copy(self.folder / "metrics.jsonl", temporary / "metrics.jsonl")
+            files["metrics.jsonl"] = (temporary / "metrics.jsonl").stat().st_size
+            write_json(temporary / "manifest.json", {
+                "step": step, "processes": dist.get_world_size(), "seconds": self.seconds + time.time() - self.began,
+                "files": files, "config": resolved_config(self.config)})
+            for path in (temporary / "metrics.jsonl", temporary / "manifest.json", temporary):
+                sync(path)
+            if final.exists():
+                shutil.rmtree(final)  # an incomplete or an earlier run's
+            os.rename(temporary, final)
+            sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            older = [path for path in self._all() if not self._read(path)[1]]
+            raise UsageError(f"{final} could not be written ({error}). "
+                             + (f"{older[0]} is as it was: make room, and --resume goes on from it." if older
+                                else "There is no older checkpoint.")) from error
+        others = [path for path in self._all() if path != final]
+        newer = [path for path in others if int(path.name.split("-")[1]) > step]  # an earlier run's
+        for path in newer + [path for path in others if path not in newer][self.config.save_total_limit - 1:]:
+            shutil.rmtree(path.rename(path.with_suffix(".tmp")))  # never half of one under its name
+
+
+def to_universal(folder, target):
+    """DeepSpeed's files of N ranks -> its universal checkpoint, from which any number of ranks can load."""
+    with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+        ds_to_universal.main(argparse.Namespace(
+            input_folder=str(folder), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
+            keep_temp_folder=False, strict=True, inject_missing_state=True))
+
+
+def random_state(state=None):
+    """All random number generators of this process, or, given what an earlier call returned, sets them to that."""
+    accelerator = get_accelerator()
+    if state is None:
+        return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
+                "accelerator": accelerator.get_rng_state()}
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    accelerator.set_rng_state(state["accelerator"])
+
+
+def sync(path):
+    """The file's bytes, or the folder's entries, are on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 # -----------------------------------------------------------------------------

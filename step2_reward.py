@@ -29,9 +29,9 @@ import torch.nn.functional as F
 
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, count_steps, flag, load_records, load_tokenizer,
                   make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, MetricsLog, RewardModel, add_lora, all_sum, last_token, load_model,
-                           parameter_count, print0, run_stage, save_model, setup, to_device, train_engine, train_step,
-                           write_summary)
+from hybrid_engine import (Checkpoints, EngineConfig, MetricsLog, RewardModel, add_lora, all_sum, last_token,
+                           load_model, parameter_count, print0, run_stage, save_model, setup, to_device, train_engine,
+                           train_step, write_summary)
 
 
 @dataclass
@@ -74,6 +74,9 @@ def evaluate(model, dataloader):
 def main(config):
     began = time.time()
     settings = setup(config)
+    checkpoints = Checkpoints(config, "reward")
+    if checkpoints.finished:
+        return
     rank, world = dist.get_rank(), dist.get_world_size()
 
     # -------------------------------------------------------------------------
@@ -94,6 +97,7 @@ def main(config):
                        score_from_lm=True)
     model = RewardModel(add_lora(model, config))
     engine = train_engine(model, settings, config, config.learning_rate, total_steps)
+    done = checkpoints.load({"model": engine}, total_steps)
     print0(f"{config.model_name_or_path}: {parameter_count(model) / 1e6:.1f}M parameters, {total_steps} steps")
 
     # -------------------------------------------------------------------------
@@ -101,8 +105,8 @@ def main(config):
     folder = f"{config.output_dir}/reward"
     log = MetricsLog(folder, total_steps, config.logging_steps,
                      [("loss", "loss", "7.4f"), ("accuracy", "accuracy", "6.3f"), ("lr", "lr", ".2e"),
-                      ("tok/s", "tokens_per_second", "7.0f")], engine.monitor)
-    for step, batches in training_steps(train_loader, total_steps):
+                      ("tok/s", "tokens_per_second", "7.0f")], engine.monitor, done)
+    for step, batches in training_steps(train_loader, total_steps, done):
         started, right = time.time(), 0
         batches = [to_device(batch) for batch in batches]
         pairs = world * sum(len(batch["input_ids"]) // 2 for batch in batches)
@@ -118,13 +122,14 @@ def main(config):
         loss, right, read = all_sum(loss, right, sum(batch["attention_mask"].sum() for batch in batches))
         log(step, {"loss": loss, "accuracy": right / pairs, "lr": lr, "grad_norm": grad_norm,
                    "tokens_per_second": read / (time.time() - started)})
+        checkpoints.save(step)
 
     # -------------------------------------------------------------------------
     # evaluation, the model
     held = evaluate(engine, held_loader)
     model.config.score_mean, model.config.score_std = held["score_mean"], held["score_std"]
     save_model(engine, tokenizer, folder)
-    seconds = time.time() - began
+    seconds = checkpoints.seconds + time.time() - began
     write_summary(config, "reward", {"seconds": seconds, **held}, config.model_name_or_path)
     print0(f"\nstep 2 done in {seconds:.0f} s: held-out accuracy {held['accuracy']:.3f} on {len(held_set)} pairs, "
            f"scores {held['score_mean']:.2f} +- {held['score_std']:.2f}; saved {folder}")

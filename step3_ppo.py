@@ -35,10 +35,10 @@ import torch.distributed as dist
 
 from data import (Collator, DataConfig, EncodedDataset, UsageError, count_steps, decode_answers, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
-                           RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model,
-                           memory_gb, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group,
-                           to_device, train_engine, train_step, write_summary)
+from hybrid_engine import (Checkpoints, EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel,
+                           MetricsLog, RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token,
+                           load_model, memory_gb, parameter_count, print0, run_stage, save_model, setup,
+                           tensor_parallel_group, to_device, train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
@@ -186,6 +186,16 @@ class DeepSpeedPPOTrainer:
         self.score_mean = getattr(config, "score_mean", 0.0)
         self.score_std = max(getattr(config, "score_std", 1.0), 1e-6)
 
+    def state_dict(self):
+        """What a checkpoint holds beside DeepSpeed's files of actor and critic."""
+        return {"kl_coef": self.kl_coef, "iterations": self.iterations,
+                "ema": self.engine.ema.average if self.engine.ema else {}}  # rank 0's
+
+    def load_state_dict(self, state):
+        self.kl_coef, self.iterations = state["kl_coef"], state["iterations"]
+        if self.engine.ema:
+            self.engine.ema.average = state["ema"] if dist.get_rank() == 0 else {}
+
     @torch.no_grad()
     def generate_experience(self, prompt_batch):
         """prompt_batch: input_ids and attention_mask (B, P) int64, left-padded -> Experience."""
@@ -313,6 +323,9 @@ def evaluate(trainer, dataloader, scorer):
 def main(config):
     began = time.time()
     setup(config)
+    checkpoints = Checkpoints(config, "ppo")
+    if checkpoints.finished:
+        return
     rank, world = dist.get_rank(), dist.get_world_size()
 
     # -------------------------------------------------------------------------
@@ -332,6 +345,7 @@ def main(config):
     engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer,
                                  total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
+    done = checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
     updates = rows // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
     print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M, critic {parameter_count(engine.critic) / 1e6:.1f}M "
            f"parameters; {total_steps} steps of {rows * world} prompts, {config.ppo_epochs} epoch(s) of "
@@ -344,11 +358,12 @@ def main(config):
                      [("score", "objective/scores", "7.3f"), ("kl", "objective/kl", "7.3f"),
                       ("entropy", "objective/entropy", "6.3f"), ("length", "response/length", "5.1f"),
                       ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
-                      ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor)
-    for step, prompt_batch in training_steps(train_loader, total_steps):
+                      ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor, done)
+    for step, prompt_batch in training_steps(train_loader, total_steps, done):
         out = trainer.generate_experience(prompt_batch)
         trainer.train_rlhf(out)
         log(step, trainer.metrics)
+        checkpoints.save(step)
 
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
@@ -358,7 +373,7 @@ def main(config):
     save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
     if engine.ema:
         save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema", engine.ema.average)
-    seconds = time.time() - began
+    seconds = checkpoints.seconds + time.time() - began
     write_summary(config, "ppo", {"seconds": seconds, **held}, config.actor_model_name_or_path)
     print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {held['score']:.3f}, KL {held['kl']:.2f} nats a response"
            + (f", gold {held['gold']:.3f}" if held["gold"] is not None else "") + f"; saved {folder}")
