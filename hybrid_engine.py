@@ -25,7 +25,6 @@ import logging
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -78,7 +77,7 @@ class EngineConfig:
     logging_steps: int = flag(10, "steps between printed lines")
     save_steps: int = flag(0, "steps between checkpoints, from which --resume goes on; 0: none")
     save_total_limit: int = flag(2, "checkpoints kept, the newest")
-    resume: bool = flag(False, "go on from the newest complete checkpoint in --output_dir; leave a finished stage alone")
+    resume: bool = flag(False, "go on from the newest complete checkpoint; a finished stage is left as it is")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     lora_dim: int = flag(0, "rank of LoRA adapters; 0 trains the weights themselves")
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / dim; 0: alpha = 2 dim")
@@ -265,7 +264,7 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-STAGES = {"sft": "sft", "reward": "reward", "ppo": "actor"}  # section of summary.json: the folder below output_dir
+STAGES = {"sft": "sft", "reward": "reward", "ppo": "actor"}  # section of summary.json -> folder below --output_dir
 
 
 def write_summary(config, section, values, model):
@@ -282,7 +281,8 @@ def write_summary(config, section, values, model):
                    versions={"python": sys.version.split()[0], **versions})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
     write_json(path, summary)
-    write_json(Path(config.output_dir) / STAGES[section] / "run_config.json", resolved_config(config))  # --resume: done
+    os.sync()  # the model is on the disk before the file by which --resume knows that it is done
+    write_json(Path(config.output_dir) / STAGES[section] / "run_config.json", resolved_config(config))
     return summary
 
 
@@ -676,48 +676,48 @@ def to_device(batch):
 # -----------------------------------------------------------------------------
 # checkpoints: --save_steps, --save_total_limit, --resume
 
-ANY_VALUE = {  # flags that a resumed run may change; those that matter in another way are in resolved_config again
+ANY_VALUE = {  # flags that may change when a run is resumed, or that count through what resolved_config derives
     "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "per_device_generation_batch_size", "inference_tp_size", "logging_steps", "save_steps", "save_total_limit", "resume"}
+    "per_device_generation_batch_size", "inference_tp_size", "logging_steps", "save_steps", "save_total_limit",
+    "resume"}
 
 
 def resolved_config(config):
-    """The flags, and what decides beside them how a run goes: ZeRO stage, dtype, rows a step, the files it starts from."""
+    """The flags, and what beside them decides the outcome: ZeRO stage, dtype, rows a step, the files it starts from."""
     flags, settings, world = dataclasses.asdict(config), deepspeed_settings(config), dist.get_world_size()
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world
-    flags["zero_stage or deepspeed_config: stage"] = settings["zero_optimization"]["stage"]
-    flags["deepspeed_config: dtype, gradient_clipping"] = [str(compute_dtype(settings)), settings.get("gradient_clipping")]
-    flags["per_device_train_batch_size x gradient_accumulation_steps x processes"] = rows
-    if "per_device_generation_batch_size" in flags:
-        rows = config.per_device_generation_batch_size * world
-        flags["per_device_generation_batch_size x processes"] = rows
-    sources = {name: value for name, value in vars(config).items() if name.endswith("model_name_or_path")}
-    for name, paths in {**{name: [value] for name, value in sources.items()}, "data_path": config.data_path}.items():
-        flags.update({f"{name}: checksum of {path}": checksum(path) for path in paths if os.path.exists(path)})
+    flags["zero_stage (or the JSON's)"] = settings["zero_optimization"]["stage"]
+    flags["deepspeed_config's dtype"] = str(compute_dtype(settings))
+    flags["deepspeed_config's gradient_clipping"] = settings.get("gradient_clipping")
+    flags["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * world)
+    flags["per_device_generation_batch_size x processes"] = flags.get("per_device_generation_batch_size", 0) * world
+    models = [(name, value) for name, value in vars(config).items() if name.endswith("model_name_or_path")]
+    for name, path in models + [("data_path", path) for path in config.data_path]:
+        if os.path.exists(path):
+            flags[f"{name} {path}, checksum"] = checksum(path)
     return flags
 
 
 def checksum(path):
-    """Of a data file or a model folder: names, sizes and the first and last megabyte of each file."""
-    crc, reports = 0, ("metrics.jsonl", "run_config.json", "summary.json")
+    """Of a data file or the files in a folder: names, sizes, first and last megabyte."""
+    crc = 0
     for file in sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]:
-        if file.is_file() and file.name not in reports:
-            size = file.stat().st_size
+        if file.is_file() and file.name not in ("metrics.jsonl", "run_config.json"):
             with open(file, "rb") as opened:
-                crc = zlib.crc32(f"{file.name} {size} ".encode() + opened.read(2**20), crc)
-                opened.seek(max(size - 2**20, 0))
+                crc = zlib.crc32(f"{file.name} {file.stat().st_size} ".encode() + opened.read(2**20), crc)
+                opened.seek(max(file.stat().st_size - 2**20, 0))
                 crc = zlib.crc32(opened.read(), crc)
     return crc
 
 
 def changed_flag(then, now):
-    """Two resolved configs -> the first flag that matters and is not the same, with both values; None: all the same."""
-    names = (name for name in now if name not in ANY_VALUE and then.get(name, now[name]) != now[name])
-    return next(((name, then[name], now[name]) for name in names), None)
+    """The first flag that counts and differs between two resolved configs, as part of a sentence; None: all agree."""
+    return next((f"--{name} {then[name]}, and now it is {now[name]}" for name in now
+                 if name not in ANY_VALUE and then.get(name, now[name]) != now[name]), None)
 
 
 def on_rank0(function):
-    """function() of rank 0, for every rank; a UsageError there is raised on every rank."""
+    """function() of rank 0, on every rank; a UsageError there is raised on every rank."""
     result = [None]
     if dist.get_rank() == 0:
         try:
@@ -732,8 +732,8 @@ def on_rank0(function):
 
 class DurableWriter(TorchCheckpointEngine):
     """
-    What DeepSpeed's engines write their files with. `files` has the size of each, on the disk and not in a cache when
-    `save` returns. An error is kept and not raised, because the other ranks wait in the next collective.
+    Writes DeepSpeed's files so that they are on the disk when `save` returns; `files` has their sizes. An error is kept
+    and not raised: the other ranks are waiting in a collective.
     """
 
     def __init__(self, folder):
@@ -743,205 +743,200 @@ class DurableWriter(TorchCheckpointEngine):
         try:
             with open(path, "wb") as file:
                 torch.save(state_dict, file)
-                file.flush()
-                os.fsync(file.fileno())
+            sync(path)
             self.files[str(Path(path).relative_to(self.folder))] = os.path.getsize(path)
-        except (OSError, RuntimeError) as error:  # torch's zip writer makes its own of a full disk
-            self.error = self.error or first_line(error)
-            Path(path).unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # torch hides a full disk's OSError behind a RuntimeError of its own
+            self.error = self.error or first_line(error.__context__ or error)
+            Path(path).unlink(missing_ok=True)  # room for DeepSpeed's small files, which nothing guards
 
 
 class Checkpoints:
     """
-    One stage's checkpoints, `folder`/checkpoint-<step>: DeepSpeed's files of each engine, the trainer's state, each
+    A stage's checkpoints, `folder`/checkpoint-<step>: DeepSpeed's files of each engine, the trainer's state, every
     rank's random numbers, metrics.jsonl so far, and manifest.json, written last, with the size of every file. A folder
-    has its name only when all of it is on the disk. All ranks must see the same --output_dir.
+    gets its name when all of it is on the disk. All ranks must see the same --output_dir.
 
-        checkpoints = Checkpoints(config, "sft")      # raises UsageError if --resume finds one made by other flags
-        done = checkpoints.load({"model": engine}, total_steps)
-        for step in range(done + 1, total_steps + 1): ...; checkpoints.save(step)
-
-    finished   --resume, and the stage has already been run to its end with these flags
+    finished   --resume, and the stage was already run to its end with these flags
     seconds    spent by the runs that this one goes on from
     """
 
     def __init__(self, config, section):
+        """Looks for what --resume goes on from; raises UsageError where other flags made it."""
         self.config, self.section, self.folder = config, section, Path(config.output_dir) / STAGES[section]
-        self.began, self.terminated = time.time(), False
+        self.began, self.terminated, self.runner = time.time(), False, None
         self.finished, self.manifest = on_rank0(self._find)
         self.seconds = self.manifest["seconds"] if self.manifest else 0.0
 
-    def _all(self):
-        """Folders that are named as checkpoints, newest first."""
-        found = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        return sorted(found, key=lambda path: -int(path.name.split("-")[1]))
-
     def _find(self):
-        """Rank 0: (is the stage finished?, the manifest of the newest complete checkpoint if --resume wants it)."""
-        now, record, summary = resolved_config(self.config), self.folder / "run_config.json", Path(self.config.output_dir) / "summary.json"
-        if self.config.resume and record.exists() and summary.exists() and self.section in json.loads(summary.read_text()):
+        """Rank 0 -> (finished, manifest of the newest complete checkpoint or None)."""
+        now, resume, summary = resolved_config(self.config), self.config.resume, self.folder.parent / "summary.json"
+        record = self.folder / "run_config.json"
+        if resume and record.exists() and summary.exists() and self.section in json.loads(summary.read_text()):
             changed = changed_flag(json.loads(record.read_text()), now)
+            print0(f"{self.folder}: done " + (f"with --{changed}" if changed else "already, --resume leaves it"))
             if not changed:
-                print0(f"{self.folder}: done already, --resume leaves it")
                 return True, None
-            print0("{}: not finished with these flags: --{} was {}, now {}".format(self.folder, *changed))
-        for path in self._all():
-            manifest, problem = self._read(path)
-            if problem:
-                print0(f"{path}: skipped, it is not complete ({problem})")
-            elif not self.config.resume:
-                print0(f"{path}: an earlier run's, --resume would go on from it; this run starts from the beginning, "
-                       "and replaces it with its own first checkpoint")
+        for path in self._all().values():
+            manifest, lack = self._read(path)
+            if lack:
+                print0(f"warning: {path} is skipped, it is not complete: {lack}")
+            elif not resume:
+                print0(f"{path} is an earlier run's: --resume would go on from it; this run's first replaces it")
                 return False, None
             elif changed := changed_flag(manifest["config"], now):
-                name, old, new = changed
-                raise UsageError(f"{path} was made with --{name} {old}, and now it is {new}: give {old} again to go on, "
-                                 f"or remove {self.folder}/checkpoint-* to start from the beginning.")
+                raise UsageError(f"{path} was made with {changed}: go on with the old value, or remove {self.folder}/"
+                                 "checkpoint-* to start from the beginning.")
             else:
                 return False, manifest
-        if self.config.resume:
-            print0(f"{self.folder}: --resume finds no complete checkpoint, so the run starts from the beginning")
+        if resume:
+            print0(f"--resume: no complete checkpoint in {self.folder}, so the run starts from the beginning")
         return False, None
 
+    def _all(self):
+        """step -> folder of all that is named as a checkpoint, newest first."""
+        steps = [path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")]
+        steps = sorted((int(step) for step in steps if step.isdigit()), reverse=True)
+        return {step: self.folder / f"checkpoint-{step}" for step in steps}
+
     def _read(self, path):
-        """A checkpoint's folder -> (manifest, None), or (None, what is wrong with it)."""
+        """A checkpoint's folder -> (manifest, None) or (None, what it lacks)."""
         try:
             manifest = json.loads((path / "manifest.json").read_text())
         except (OSError, ValueError):
             return None, "no manifest.json"
-        for name, size in manifest["files"].items():
-            found = (path / name).stat().st_size if (path / name).exists() else 0
-            if found != size:
-                return None, f"{name} has {found} of {size} bytes"
-        return manifest, None
+        found = {name: (path / name).stat().st_size if (path / name).exists() else 0 for name in manifest["files"]}
+        lacks = [f"{name} has {found[name]} of {size} bytes" for name, size in manifest["files"].items()
+                 if found[name] != size]
+        return (None, lacks[0]) if lacks else (manifest, None)
 
     def load(self, engines, total_steps, trainer=None):
         """
-        Puts the checkpoint that --resume found into the engines (a dict; DeepSpeed's), the trainer (`load_state_dict`)
-        and the random number generators -> steps done, 0 without a checkpoint. With --save_steps a SIGTERM from here to
-        the last step ends the run, exit code 143, after the step and its checkpoint.
+        Puts what --resume found into the engines (name -> DeepSpeed's), the trainer (load_state_dict) and the random
+        number generators -> steps done, 0 without a checkpoint. From here to the last step, with --save_steps, SIGTERM
+        ends the run with exit code 143, after the step in hand and its checkpoint.
         """
         self.engines, self.total_steps, self.trainer = engines, total_steps, trainer
         if dist.get_rank() == 0:
             for left in self.folder.glob("checkpoint-*.tmp"):
                 shutil.rmtree(left)
-            (self.folder / "run_config.json").unlink(missing_ok=True)  # it says that the stage is finished
+            (self.folder / "run_config.json").unlink(missing_ok=True)  # the stage is not finished
         if self.config.save_steps:
             self.default = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+            launcher = psutil.Process(os.getppid())
+            if "deepspeed.launcher.launch" in launcher.cmdline():
+                self.runner = launcher.ppid()
         dist.barrier()
         return self._restore(self.folder / f"checkpoint-{self.manifest['step']}") if self.manifest else 0
 
     def _restore(self, path):
-        ranks, world, rank = self.manifest["processes"], dist.get_world_size(), dist.get_rank()
+        step, ranks, world = self.manifest["step"], self.manifest["processes"], dist.get_world_size()
+        resharded = ranks != world and any("optim_states" in name for name in self.manifest["files"])
+        source = path.with_suffix(".tmp") if resharded else path
         for name, engine in self.engines.items():
             decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-            folder, tag = path, name
-            if ranks != world and any("optim_states" in file for file in self.manifest["files"]):  # ZeRO's shares
-                folder, tag = path.with_suffix(".tmp"), f"{name}-universal"
-                on_rank0(lambda: to_universal(path / name, folder / tag))
+            if resharded:
+                on_rank0(lambda: to_universal(path / name, source / name))
                 engine._config.load_universal_checkpoint = True
-            loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
-            if loaded is None:
-                raise UsageError(f"{path / name} could not be loaded by DeepSpeed; remove {path} to go on from an older one.")
+            assert engine.load_checkpoint(str(source), tag=name)[0], f"{path / name} was not loaded"
             engine._config.load_universal_checkpoint = False
             for group, decay in zip(engine.optimizer.param_groups, decays):
-                group["weight_decay"] = decay  # DeepSpeed's universal loader gives all groups the first one's
+                group["weight_decay"] = decay  # DeepSpeed's universal loader gives every group the first one's
         if self.trainer:
             self.trainer.load_state_dict(torch.load(path / "trainer.pt", weights_only=False))
         if ranks == world:
-            random_state(torch.load(path / f"random-{rank}.pt", weights_only=False))
+            states = torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=False)
+            for (_, restore), state in zip(random_generators(), states):
+                restore(state)
         else:
-            seed_everything(self.config.seed + self.manifest["step"])
-            print0(f"{path} is of {ranks} process(es), now {world}: random numbers go on from --seed and the step")
-        if rank == 0:
-            shutil.copy(path / "metrics.jsonl", self.folder / "metrics.jsonl")
-            shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+            seed_everything(self.config.seed + step)
+            print0(f"{path} is of {ranks} processes, now {world}: random numbers start anew from --seed and the step")
         dist.barrier()
-        print0(f"resumed from {path}: {self.manifest['step']} of {self.total_steps} steps are done")
-        return self.manifest["step"]
+        if dist.get_rank() == 0:
+            shutil.copy(path / "metrics.jsonl", self.folder)
+            shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+        print0(f"resumed from {path}: {step} of {self.total_steps} steps are done")
+        return step
 
     def save(self, step):
-        """After every step: writes a checkpoint where one is due, or where SIGTERM came to any rank."""
+        """After each step: a checkpoint if one is due, or if any rank was told to stop."""
         if not self.config.save_steps:
             return
-        stop, = all_sum(self.terminated)
+        # `deepspeed` dies of a SIGTERM and hands nothing on; then its child, the parent of the ranks, has a new parent
+        orphaned = self.runner is not None and psutil.Process(os.getppid()).ppid() != self.runner
+        stop, = all_sum(self.terminated or orphaned)
         if step % self.config.save_steps == 0 or stop:
-            temporary, rank = self.folder / f"checkpoint-{step}.tmp", dist.get_rank()
-            if rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-            dist.barrier()
-            writer = DurableWriter(temporary)
-            for name, engine in self.engines.items():
-                engine.checkpoint_engine = writer
-                engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
-            writer.save(random_state(), temporary / f"random-{rank}.pt")
-            if self.trainer and rank == 0:
-                writer.save(self.trainer.state_dict(), temporary / "trainer.pt")
-            written = [None] * dist.get_world_size()
-            dist.all_gather_object(written, (writer.error, writer.files))
-            on_rank0(lambda: self._complete(step, temporary, written))
+            self._write(step)
         if stop:
             print0(f"SIGTERM: {self.folder}/checkpoint-{step} is saved, --resume goes on from it")
             sys.exit(128 + signal.SIGTERM)
-        if step == self.total_steps and self.config.save_steps:
+        if step == self.total_steps:
             signal.signal(signal.SIGTERM, self.default)
 
+    def _write(self, step):
+        temporary, rank = self.folder / f"checkpoint-{step}.tmp", dist.get_rank()
+        writer, written = DurableWriter(temporary), [None] * dist.get_world_size()
+        if rank == 0:
+            temporary.mkdir()
+        dist.barrier()
+        for name, engine in self.engines.items():
+            engine.checkpoint_engine = writer
+            engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
+        writer.save([state() for state, _ in random_generators()], temporary / f"random-{rank}.pt")
+        if self.trainer and rank == 0:
+            writer.save(self.trainer.state_dict(), temporary / "trainer.pt")
+        dist.all_gather_object(written, (writer.error, writer.files))
+        on_rank0(lambda: self._complete(step, temporary, written))
+
     def _complete(self, step, temporary, written):
-        """Rank 0, when all ranks have written: manifest and name for the new checkpoint, then older ones go."""
-        final = self.folder / f"checkpoint-{step}"
-        error = next((error for error, _ in written if error), None)
+        """Rank 0, when all ranks have written: manifest and name of the new checkpoint; then older ones go."""
+        final, errors = self.folder / f"checkpoint-{step}", [error for error, _ in written if error]
         files = {name: size for _, part in written for name, size in part.items()}
         try:
-            if error:
-                raise OSError(error)
-            if missing := [name for name in files if not (temporary / name).exists()]:
-                raise OSError(f"{missing[0]} was written by another host; a folder that all hosts share is needed")
-            shutil.copy(self.folder / "metrics.jsonl", temporary / "metrics.jsonl")
+            if errors:
+                raise OSError(errors[0])
+            shutil.copy(self.folder / "metrics.jsonl", temporary)
             files["metrics.jsonl"] = (temporary / "metrics.jsonl").stat().st_size
             write_json(temporary / "manifest.json", {
                 "step": step, "processes": dist.get_world_size(), "seconds": self.seconds + time.time() - self.began,
                 "files": files, "config": resolved_config(self.config)})
-            for path in (temporary / "metrics.jsonl", temporary / "manifest.json", temporary):
-                sync(path)
-            if final.exists():
-                shutil.rmtree(final)  # an incomplete or an earlier run's
-            os.rename(temporary, final)
+            for name in [*files, "manifest.json", ""]:
+                sync(temporary / name)  # fails for a file that another host wrote to a folder of its own
+            shutil.rmtree(final, ignore_errors=True)  # an incomplete or an earlier run's
+            temporary.rename(final)
             sync(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            older = [path for path in self._all() if not self._read(path)[1]]
-            raise UsageError(f"{final} could not be written ({error}). "
-                             + (f"{older[0]} is as it was: make room, and --resume goes on from it." if older
-                                else "There is no older checkpoint.")) from error
-        others = [path for path in self._all() if path != final]
-        newer = [path for path in others if int(path.name.split("-")[1]) > step]  # an earlier run's
-        for path in newer + [path for path in others if path not in newer][self.config.save_total_limit - 1:]:
+            older = next((path for path in self._all().values() if not self._read(path)[1]), None)
+            raise UsageError(f"{final} could not be written: {first_line(error)}. "
+                             + (f"{older} is as it was, and --resume goes on from it." if older else
+                                "There is no older checkpoint.")) from error
+        newer = [path for other, path in self._all().items() if other > step]  # of a run before this one
+        kept = [path for path in self._all().values() if path not in newer][:self.config.save_total_limit]
+        for path in set(self._all().values()) - set(kept):
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))  # never half of one under its name
 
 
 def to_universal(folder, target):
-    """DeepSpeed's files of N ranks -> its universal checkpoint, from which any number of ranks can load."""
-    with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
-        ds_to_universal.main(argparse.Namespace(
-            input_folder=str(folder), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
-            keep_temp_folder=False, strict=True, inject_missing_state=True))
+    """DeepSpeed's files of some number of ranks -> its universal checkpoint, which any number of ranks can load."""
+    arguments = argparse.Namespace(input_folder=str(folder), output_folder=str(target), num_extract_workers=1,
+                                   num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
+    try:
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+            ds_to_universal.main(arguments)
+    except (AssertionError, KeyError, RuntimeError, OSError) as error:
+        raise UsageError(f"{folder}: DeepSpeed cannot bring it to another number of processes ({first_line(error)}); "
+                         "go on with as many as before.") from error
 
 
-def random_state(state=None):
-    """All random number generators of this process, or, given what an earlier call returned, sets them to that."""
+def random_generators():
+    """(function that returns the state, function that sets it) of each random number generator of this rank."""
     accelerator = get_accelerator()
-    if state is None:
-        return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
-                "accelerator": accelerator.get_rng_state()}
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    accelerator.set_rng_state(state["accelerator"])
+    return ((random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
+            (torch.get_rng_state, torch.set_rng_state), (accelerator.get_rng_state, accelerator.set_rng_state))
 
 
 def sync(path):
-    """The file's bytes, or the folder's entries, are on the disk when this returns."""
+    """A file's bytes, or a folder's entries, are on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
