@@ -156,7 +156,8 @@ def test_a_full_disk_ends_in_a_sentence_and_spoils_nothing(folder, process_group
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     train(step2_reward, folder, "full-whole")
     with monkeypatch.context() as patch:
-        stop_at(patch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))  # bytes: metrics fit, weights do not
+        # in bytes: the metrics fit, the weights do not
+        stop_at(patch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))
         try:
             with pytest.raises(UsageError) as full:
                 train(step2_reward, folder, "full")
@@ -172,6 +173,7 @@ def test_a_full_disk_ends_in_a_sentence_and_spoils_nothing(folder, process_group
 def two_ranks(rank, ranks, folder, cases):
     """Each case as a whole, and again until SIGTERM to one of the ranks in step 5."""
     for stage, name, flags in cases:
+        stage = list(FOLDERS)[stage - 1]
         train(stage, folder, name + "-whole", ranks, **flags)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
             stop_at(patch, 5, lambda: rank == 1 and os.kill(os.getpid(), signal.SIGTERM))
@@ -180,14 +182,15 @@ def two_ranks(rank, ranks, folder, cases):
 
 def go_on(rank, ranks, folder, cases):
     for stage, name, flags in cases:
-        train(stage, folder, f"{name}-{ranks}", ranks, resume=True, **flags)
+        train(list(FOLDERS)[stage - 1], folder, f"{name}-{ranks}", ranks, resume=True, **flags)
 
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group, capsys):
-    ppo = dict(top_p=1e-6)  # the likeliest token only: with sampling, rows draw other noise on other ranks
-    cases = [(step1_sft, "shares-2", dict(zero_stage=2)), (step1_sft, "lora-3", dict(zero_stage=3, lora_dim=2, only_optimize_lora=True)),
-             (step2_reward, "shares-3", dict(zero_stage=3)), (step3_ppo, "ppo-0", dict(zero_stage=0, **ppo)), (step3_ppo, "ppo-3", dict(zero_stage=3, **ppo))]
+    # the likeliest token only, and one minibatch a rollout: with sampling, and in another order, rows draw other noise on other ranks
+    ppo = dict(top_p=1e-6, gradient_accumulation_steps=2)
+    cases = [(1, "sft-2", dict(zero_stage=2)), (1, "lora-3", dict(zero_stage=3, lora_dim=2, only_optimize_lora=True)),
+             (2, "reward-3", dict(zero_stage=3)), (3, "ppo-0", dict(zero_stage=0, **ppo)), (3, "ppo-3", dict(zero_stage=3, **ppo))]
     run_ranks(2, two_ranks, folder, cases)
     for _, name, _ in cases:
         for ranks in (1, 4):
@@ -202,7 +205,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group
                 assert line == pytest.approx(expected, rel=1e-3, abs=1e-4), (name, ranks)
             torch.testing.assert_close(resumed[0], whole[0], atol=1e-5, rtol=0)
     with pytest.raises(UsageError, match="per_device_train_batch_size x gradient_accumulation_steps x processes 4, and now it is 8"):
-        train(step1_sft, folder, "shares-2", 1, resume=True, zero_stage=2, per_device_train_batch_size=8)
+        train(step1_sft, folder, "sft-2", 1, resume=True, zero_stage=2, per_device_train_batch_size=8)
 
 
 def test_killed_processes():
