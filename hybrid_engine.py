@@ -18,8 +18,10 @@ Everything here speaks token ids; text is data.py's.
 """
 
 import argparse
+import atexit
 import dataclasses
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -29,6 +31,7 @@ import shutil
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -90,6 +93,8 @@ def run_stage(main, config_class, doc):
     try:
         with one_sentence():
             main(parse_config(config_class, doc))
+            if dist.is_initialized():
+                dist.barrier()  # all end together: `watch_hosts` takes one that is gone for lost
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -114,7 +119,12 @@ def setup(config):
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         # on a CPU gloo does; DeepSpeed's own all-reduce would be compiled at the first start, for most of a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # gloo would listen where the host's name leads, which many an /etc/hosts says is 127.0.0.1
+        interfaces = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
+        if host_address() in interfaces:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces[host_address()])
         deepspeed.init_distributed(verbose=False)
+        watch_hosts()
     world = dist.get_world_size()
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -130,9 +140,69 @@ def setup(config):
     return settings
 
 
+BEAT_SECONDS, SILENT_BEATS = 5, 18  # a rank not heard for 90 s is lost
+
+
+def watch_hosts():
+    """
+    Ends this process, with a sentence that names the host, when a rank on another one is not heard any more. A host that
+    loses its power or its link closes no connection, so the others would wait in their next collective for its timeout:
+    30 minutes, which a long save or evaluation needs. On one host nothing is watched: there the launcher ends the others.
+
+    Two daemon threads. `talk` tells rank 0's store that this rank is alive and asks for the others; a dead link may block
+    it for as long as it likes, so `judge` counts. It counts beats and not seconds: while this process is stopped or
+    starved itself, nobody else is silent. The main thread may compute, load or wait for as long as it releases the GIL.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # its own socket
+    keys = [f"heartbeat/{r}" for r in range(world)]
+    store.set(keys[rank], f"0 {socket.gethostname()} ({host_address()})")
+    heard, ended = store.multi_get(keys), threading.Event()  # waits until all keys are there
+    hosts = [value.decode().split(" ", 1)[1] for value in heard]
+    if len(set(hosts)) == 1:
+        return
+
+    def talk():
+        try:
+            for beat in itertools.count(1):
+                store.set(keys[rank], f"{beat} {hosts[rank]}")
+                heard[:] = store.multi_get(keys)
+                if ended.wait(BEAT_SECONDS):
+                    return
+        except dist.DistError:  # rank 0 is gone; `judge` gives it the time to be gone because all is done
+            return
+
+    def judge():
+        before, silent = list(heard), [0] * world
+        while not ended.wait(BEAT_SECONDS):
+            now = list(heard)
+            silent = [count + 1 if old == new else 0 for old, new, count in zip(before, now, silent)]
+            before, lost = now, [r for r in range(world) if silent[r] >= SILENT_BEATS]
+            if lost:
+                lost = [0] if 0 in lost else lost  # without rank 0's store nobody is heard
+                names = " and ".join(sorted({hosts[r] for r in lost}))
+                print(f"\n{Path(sys.argv[0]).name}: error: nothing heard for {BEAT_SECONDS * SILENT_BEATS} s from rank "
+                      f"{', '.join(map(str, lost))} on host {names}: host, network or process is gone. This is rank {rank} "
+                      f"on {hosts[rank]}; it ends now.", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread waits in a collective that no exception reaches
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (talk, judge)]
+    for thread in threads:
+        thread.start()
+    atexit.register(lambda: (ended.set(), threads[0].join(BEAT_SECONDS)))  # not inside the store when Python goes down
+
+
+def host_address():
+    """The address of this host on the network that leads to rank 0's."""
+    family, kind, *_, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # of a datagram socket: chooses the route, sends nothing
+        return probe.getsockname()[0]
+
+
 AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_generation_batch_size",
-              "num_train_epochs", "ppo_epochs", "logging_steps", "save_total_limit", "max_eval_samples",
-              "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")
+              "num_train_epochs", "ppo_epochs", "num_generations", "logging_steps", "save_total_limit",
+              "max_eval_samples", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")
 
 
 def check_flags(config):
@@ -264,7 +334,7 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-STAGES = {"sft": "sft", "reward": "reward", "ppo": "actor"}  # section of summary.json -> folder below --output_dir
+STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # section of summary.json -> folder below --output_dir
 
 
 def write_summary(config, section, values, model):
@@ -274,7 +344,7 @@ def write_summary(config, section, values, model):
     path = Path(config.output_dir) / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() and section != "sft" else {}  # a new run begins with SFT
     summary[section] = {name: round(value, 4) for name, value in values.items() if value is not None}
-    summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "ppo") if s in summary), 1)
+    summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "dpo", "ppo") if s in summary), 1)
     hardware = Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers)}
     summary.update(model=summary.get("model", model), hardware=hardware, seed=config.seed,
@@ -282,7 +352,7 @@ def write_summary(config, section, values, model):
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
     write_json(path, summary)
     os.sync()  # the model is on the disk before the file by which --resume knows that it is done
-    write_json(Path(config.output_dir) / STAGES[section] / "run_config.json", resolved_config(config))
+    write_json(Path(config.output_dir) / STAGES[section] / "run_config.json", resolved_config(config, section))
     return summary
 
 
@@ -682,19 +752,21 @@ ANY_VALUE = {  # flags that may change when a run is resumed, or that count thro
     "resume"}
 
 
-def resolved_config(config):
-    """The flags, and what beside them decides the outcome: ZeRO stage, dtype, rows a step, the files it starts from."""
+def resolved_config(config, section):
+    """The flags, and what beside them decides the outcome: ZeRO stage, dtype, rows a step, the files that are read."""
     flags, settings, world = dataclasses.asdict(config), deepspeed_settings(config), dist.get_world_size()
+    named = [(name, value) for name in flags.keys() - ANY_VALUE for value in
+             (flags[name] if isinstance(flags[name], list) else [flags[name]]) if isinstance(value, str)]
+    for name, path in sorted((name, value.split(":")[0]) for name, value in named):  # --reward_fn file.py:function
+        if os.path.exists(path):
+            flags[f"{name} {path}, checksum"] = checksum(path)
+    flags["stage"] = section
     flags["zero_stage (or the JSON's)"] = settings["zero_optimization"]["stage"]
     flags["deepspeed_config's dtype"] = str(compute_dtype(settings))
     flags["deepspeed_config's gradient_clipping"] = settings.get("gradient_clipping")
     flags["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
         config.per_device_train_batch_size * config.gradient_accumulation_steps * world)
     flags["per_device_generation_batch_size x processes"] = flags.get("per_device_generation_batch_size", 0) * world
-    models = [(name, value) for name, value in vars(config).items() if name.endswith("model_name_or_path")]
-    for name, path in models + [("data_path", path) for path in config.data_path]:
-        if os.path.exists(path):
-            flags[f"{name} {path}, checksum"] = checksum(path)
     return flags
 
 
@@ -757,7 +829,8 @@ class Checkpoints:
     gets its name when all of it is on the disk. All ranks must see the same --output_dir.
 
     finished   --resume, and the stage was already run to its end with these flags
-    seconds    spent by the runs that this one goes on from
+    done       steps of the run that this one goes on from, and
+    seconds    what they took; 0 without a checkpoint
     """
 
     def __init__(self, config, section):
@@ -765,12 +838,12 @@ class Checkpoints:
         self.config, self.section, self.folder = config, section, Path(config.output_dir) / STAGES[section]
         self.began, self.terminated, self.runner = time.time(), False, None
         self.finished, self.manifest = on_rank0(self._find)
-        self.seconds = self.manifest["seconds"] if self.manifest else 0.0
+        self.done, self.seconds = (self.manifest["step"], self.manifest["seconds"]) if self.manifest else (0, 0.0)
 
     def _find(self):
         """Rank 0 -> (finished, manifest of the newest complete checkpoint or None)."""
-        now, resume, summary = resolved_config(self.config), self.config.resume, self.folder.parent / "summary.json"
-        record = self.folder / "run_config.json"
+        now, resume = resolved_config(self.config, self.section), self.config.resume
+        record, summary = self.folder / "run_config.json", self.folder.parent / "summary.json"
         if resume and record.exists() and summary.exists() and self.section in json.loads(summary.read_text()):
             changed = changed_flag(json.loads(record.read_text()), now)
             print0(f"{self.folder}: done " + (f"with --{changed}" if changed else "already, --resume leaves it"))
@@ -811,11 +884,12 @@ class Checkpoints:
 
     def load(self, engines, total_steps, trainer=None):
         """
-        Puts what --resume found into the engines (name -> DeepSpeed's), the trainer (load_state_dict) and the random
-        number generators -> steps done, 0 without a checkpoint. From here to the last step, with --save_steps, SIGTERM
-        ends the run with exit code 143, after the step in hand and its checkpoint.
+        Puts what --resume found into the engines (name -> DeepSpeed's, or None), the trainer (load_state_dict) and the
+        random number generators. From here to the last step, with --save_steps, SIGTERM ends the run with exit code 143,
+        after the step in hand and its checkpoint.
         """
-        self.engines, self.total_steps, self.trainer = engines, total_steps, trainer
+        self.engines = {name: engine for name, engine in engines.items() if engine}
+        self.total_steps, self.trainer = total_steps, trainer
         if dist.get_rank() == 0:
             for left in self.folder.glob("checkpoint-*.tmp"):
                 shutil.rmtree(left)
@@ -826,10 +900,11 @@ class Checkpoints:
             if "deepspeed.launcher.launch" in launcher.cmdline():
                 self.runner = launcher.ppid()
         dist.barrier()
-        return self._restore(self.folder / f"checkpoint-{self.manifest['step']}") if self.manifest else 0
+        if self.manifest:
+            self._restore(self.folder / f"checkpoint-{self.done}")
 
     def _restore(self, path):
-        step, ranks, world = self.manifest["step"], self.manifest["processes"], dist.get_world_size()
+        ranks, world = self.manifest["processes"], dist.get_world_size()
         resharded = ranks != world and any("optim_states" in name for name in self.manifest["files"])
         source = path.with_suffix(".tmp") if resharded else path
         for name, engine in self.engines.items():
@@ -848,14 +923,13 @@ class Checkpoints:
             for (_, restore), state in zip(random_generators(), states):
                 restore(state)
         else:
-            seed_everything(self.config.seed + step)
+            seed_everything(self.config.seed + self.done)
             print0(f"{path} is of {ranks} processes, now {world}: random numbers start anew from --seed and the step")
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.copy(path / "metrics.jsonl", self.folder)
             shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
-        print0(f"resumed from {path}: {step} of {self.total_steps} steps are done")
-        return step
+        print0(f"resumed from {path}: {self.done} of {self.total_steps} steps are done")
 
     def save(self, step):
         """After each step: a checkpoint if one is due, or if any rank was told to stop."""
@@ -898,7 +972,7 @@ class Checkpoints:
             files["metrics.jsonl"] = (temporary / "metrics.jsonl").stat().st_size
             write_json(temporary / "manifest.json", {
                 "step": step, "processes": dist.get_world_size(), "seconds": self.seconds + time.time() - self.began,
-                "files": files, "config": resolved_config(self.config)})
+                "files": files, "config": resolved_config(self.config, self.section)})
             for name in [*files, "manifest.json", ""]:
                 sync(temporary / name)  # fails for a file that another host wrote to a folder of its own
             shutil.rmtree(final, ignore_errors=True)  # an incomplete or an earlier run's
@@ -907,9 +981,9 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             older = next((path for path in self._all().values() if not self._read(path)[1]), None)
-            raise UsageError(f"{final} could not be written: {first_line(error)}. "
-                             + (f"{older} is as it was, and --resume goes on from it." if older else
-                                "There is no older checkpoint.")) from error
+            raise UsageError(f"{final} could not be written: {first_line(error)}. It needs room, and all hosts must see "
+                             "it. " + (f"{older} is as it was, and --resume goes on from it." if older else
+                                       "There is no older one.")) from error
         newer = [path for other, path in self._all().items() if other > step]  # of a run before this one
         kept = [path for path in self._all().values() if path not in newer][:self.config.save_total_limit]
         for path in set(self._all().values()) - set(kept):

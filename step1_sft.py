@@ -89,16 +89,16 @@ def main(config):
     longest = max(config.max_seq_len, config.max_prompt_seq_len + config.max_answer_seq_len)
     model = LanguageModel(add_lora(load_model(config.model_name_or_path, tokenizer, settings, longest), config))
     engine = train_engine(model, settings, config, config.learning_rate, total_steps)
-    done = checkpoints.load({"model": engine}, total_steps)
+    checkpoints.load({"model": engine}, total_steps)
     print0(f"{config.model_name_or_path}: {parameter_count(model) / 1e6:.1f}M parameters, {total_steps} steps")
 
     # -------------------------------------------------------------------------
     # training
-    folder = f"{config.output_dir}/sft"
+    folder = checkpoints.folder
     log = MetricsLog(folder, total_steps, config.logging_steps,
                      [("loss", "loss", "7.4f"), ("lr", "lr", ".2e"), ("tok/s", "tokens_per_second", "7.0f")],
-                     engine.monitor, done)
-    for step, batches in training_steps(train_loader, total_steps, done):
+                     engine.monitor, checkpoints.done)
+    for step, batches in training_steps(train_loader, total_steps, checkpoints.done):
         started = time.time()
         batches = [to_device(batch) for batch in batches]
         tokens, = all_sum(trained_tokens(batches))
