@@ -334,7 +334,7 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # section of summary.json -> folder below --output_dir
+STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # section of summary.json -> folder
 
 
 def write_summary(config, section, values, model):
@@ -851,11 +851,11 @@ class Checkpoints:
                 return True, None
         for path in self._all().values():
             manifest, lack = self._read(path)
-            if lack:
-                print0(f"warning: {path} is skipped, it is not complete: {lack}")
-            elif not resume:
-                print0(f"{path} is an earlier run's: --resume would go on from it; this run's first replaces it")
+            if not resume:
+                print0(f"{path} is an earlier run's: --resume would go on from it, this run's first replaces it")
                 return False, None
+            elif lack:
+                print0(f"warning: {path} is skipped, it is not complete: {lack}")
             elif changed := changed_flag(manifest["config"], now):
                 raise UsageError(f"{path} was made with {changed}: go on with the old value, or remove {self.folder}/"
                                  "checkpoint-* to start from the beginning.")
@@ -885,8 +885,8 @@ class Checkpoints:
     def load(self, engines, total_steps, trainer=None):
         """
         Puts what --resume found into the engines (name -> DeepSpeed's, or None), the trainer (load_state_dict) and the
-        random number generators. From here to the last step, with --save_steps, SIGTERM ends the run with exit code 143,
-        after the step in hand and its checkpoint.
+        random number generators. From here to the last step, with --save_steps, SIGTERM ends the run with exit code
+        143, after the step in hand and its checkpoint.
         """
         self.engines = {name: engine for name, engine in engines.items() if engine}
         self.total_steps, self.trainer = total_steps, trainer
@@ -894,10 +894,10 @@ class Checkpoints:
             for left in self.folder.glob("checkpoint-*.tmp"):
                 shutil.rmtree(left)
             (self.folder / "run_config.json").unlink(missing_ok=True)  # the stage is not finished
-        if self.config.save_steps:
+        if self.config.save_steps and self.done < total_steps:
             self.default = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
-            launcher = psutil.Process(os.getppid())
-            if "deepspeed.launcher.launch" in launcher.cmdline():
+            launcher = psutil.Process().parent()
+            if launcher and "deepspeed.launcher.launch" in launcher.cmdline():
                 self.runner = launcher.ppid()
         dist.barrier()
         if self.manifest:
@@ -981,9 +981,9 @@ class Checkpoints:
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             older = next((path for path in self._all().values() if not self._read(path)[1]), None)
-            raise UsageError(f"{final} could not be written: {first_line(error)}. It needs room, and all hosts must see "
-                             "it. " + (f"{older} is as it was, and --resume goes on from it." if older else
-                                       "There is no older one.")) from error
+            raise UsageError(f"{final} could not be written: {first_line(error)}. It needs room, and all hosts must "
+                             "see it. " + (f"{older} is as it was, and --resume goes on from it." if older else
+                                           "There is no older one.")) from error
         newer = [path for other, path in self._all().items() if other > step]  # of a run before this one
         kept = [path for path in self._all().values() if path not in newer][:self.config.save_total_limit]
         for path in set(self._all().values()) - set(kept):
