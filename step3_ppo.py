@@ -43,10 +43,10 @@ import torch.distributed as dist
 
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, UsageError, count_steps, decode_answers,
                   encode_text, flag, gold_scorer, load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
-                           RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model,
-                           memory_gb, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group,
-                           to_device, train_engine, train_step, write_summary)
+from hybrid_engine import (Checkpoints, EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel,
+                           MetricsLog, RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token,
+                           load_model, memory_gb, parameter_count, print0, run_stage, save_model, setup,
+                           tensor_parallel_group, to_device, train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
@@ -358,6 +358,16 @@ class DeepSpeedPPOTrainer:
         weights = args.reward_weights or [1.0] * len(scores)
         return scores, sum(weight * score for weight, score in zip(weights, scores.values()))
 
+    def state_dict(self):
+        """What a checkpoint holds beside DeepSpeed's files of actor and critic."""
+        return {"kl_coef": self.kl_coef, "iterations": self.iterations,
+                "ema": self.engine.ema.average if self.engine.ema else {}}  # rank 0's
+
+    def load_state_dict(self, state):
+        self.kl_coef, self.iterations = state["kl_coef"], state["iterations"]
+        if self.engine.ema:
+            self.engine.ema.average = state["ema"] if dist.get_rank() == 0 else {}
+
     @torch.no_grad()
     def generate_experience(self, prompt_batch):
         """
@@ -514,6 +524,9 @@ def evaluate(trainer, dataloader, scorer, rivals=None):
 def main(config):
     began = time.time()
     setup(config)
+    checkpoints = Checkpoints(config, "ppo")
+    if checkpoints.finished:
+        return
     rank, world = dist.get_rank(), dist.get_world_size()
 
     # -------------------------------------------------------------------------
@@ -535,7 +548,8 @@ def main(config):
         chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len, log=print0)
         text_loader = make_dataloader(chunks, MicroBatches(Collator(1, tokenizer.pad_token_id), parts), minibatch_rows,
                                       config.seed, rank, world)
-        text_steps = training_steps(text_loader, total_steps * config.ppo_epochs * updates)
+        each = config.ppo_epochs * updates
+        text_steps = training_steps(text_loader, total_steps * each, checkpoints.done * each)
         unsupervised = (batches for _, batches in text_steps)
 
     # -------------------------------------------------------------------------
@@ -549,22 +563,24 @@ def main(config):
            f"{updates} update(s)")
     scorer = gold_scorer(config)
     first, _, sft_marks = evaluate(trainer, held_loader, scorer)  # the actor is still the SFT model
+    checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
 
     # -------------------------------------------------------------------------
     # training
-    folder = f"{config.output_dir}/actor"
+    folder = checkpoints.folder
     log = MetricsLog(folder, total_steps, config.logging_steps,
                      [("score", "objective/scores", "7.3f"), ("kl", "objective/kl", "7.3f"),
                       ("entropy", "objective/entropy", "6.3f"), ("length", "response/length", "5.1f"),
                       ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
-                      ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor)
-    for step, prompt_batch in training_steps(train_loader, total_steps):
+                      ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor, checkpoints.done)
+    for step, prompt_batch in training_steps(train_loader, total_steps, checkpoints.done):
         out = trainer.generate_experience(prompt_batch)
         trainer.train_rlhf(out, unsupervised)
         if config.eval_steps and step % config.eval_steps == 0:
             held, _, _ = evaluate(trainer, held_loader, scorer, sft_marks)
             trainer.metrics.update({f"eval/{name}": value for name, value in held.items() if value is not None})
         log(step, trainer.metrics)
+        checkpoints.save(step)
 
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
@@ -575,7 +591,7 @@ def main(config):
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
     if engine.ema:
         save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema", engine.ema.average)
-    seconds = time.time() - began
+    seconds = checkpoints.seconds + time.time() - began
     write_summary(config, "ppo", {"seconds": seconds, **held}, config.actor_model_name_or_path)
     judge = "gold" if scorer else "score"
     print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {first['score']:.3f} -> {held['score']:.3f}, "
