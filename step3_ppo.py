@@ -557,12 +557,12 @@ def main(config):
     engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer,
                                  total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
+    scorer = gold_scorer(config)
+    first, _, sft_marks = evaluate(trainer, held_loader, scorer)  # here, while the actor is the SFT model
     critic_size = f"critic {parameter_count(engine.critic) / 1e6:.1f}M" if engine.critic else "no critic"
     print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M parameters, {critic_size}; {total_steps} steps of "
            f"{rows * world} prompts x {config.num_generations} answer(s), {config.ppo_epochs} epoch(s) of "
            f"{updates} update(s)")
-    scorer = gold_scorer(config)
-    first, _, sft_marks = evaluate(trainer, held_loader, scorer)  # the actor is still the SFT model
     checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
 
     # -------------------------------------------------------------------------
