@@ -391,7 +391,8 @@ def distance(a, b, mask):
 
 
 def check_text(engine, batch, args):
-    tokenizer, reader = engine.tokenizer, load_tokenizer(args.critic_model_name_or_path)
+    tokenizer, folder = engine.tokenizer, engine.reward and engine.reward.model.config.name_or_path
+    reader = load_tokenizer(folder) if folder else tokenizer
     unopened = unlike = 0
     for record, ids, real in zip(batch["records"], batch["input_ids"], batch["attention_mask"].bool()):
         dialogue = record.prompt + [{"role": "assistant", "content": "~~~"}]
@@ -409,7 +410,7 @@ def check_text(engine, batch, args):
                 "model would go on with the user's. Give a chat template that follows add_generation_prompt by "
                 "--chat_template (to step 1 too, the model must have learned it).")
     if unlike:
-        return (f"{args.critic_model_name_or_path} has another chat template than {args.actor_model_name_or_path}: it "
+        return (f"{folder} has another chat template than {args.actor_model_name_or_path}: it "
                 "would score dialogues in a form it was not trained on. Train it on this actor's (step2_reward.py "
                 "--chat_template), or give the actor the reward model's by --chat_template.")
 
@@ -444,6 +445,8 @@ def check_padding(engine, x, noise):
     logprobs, _ = engine.actor(tokens, attention_mask, x.mask, engine.args.temperature)
     apart = {"the actor's log-probabilities": distance(logprobs, x.logprobs, x.mask)}
     for name, model in (("the critic's values", engine.critic), ("the reward model's scores", engine.reward)):
+        if model is None:
+            continue
         plain, padded = model(x.tokens, x.attention_mask), model(tokens, attention_mask)[:, more:]
         unit = 1 + distance(plain, torch.zeros_like(plain), x.attention_mask)  # values have no natural one
         apart[name] = distance(plain, padded, x.attention_mask) / unit
@@ -515,7 +518,7 @@ def check_preference(engine, records, args):
     not above 0.5).
     """
     pairs = [record for record in records if record.chosen and record.rejected][:128]
-    if not pairs:
+    if not pairs or engine.reward is None:
         return None, True
     items = EncodedDataset(pairs, engine.tokenizer, 2, args.max_prompt_seq_len + args.max_answer_seq_len,
                            log=lambda line: None).items
@@ -530,8 +533,8 @@ def check_preference(engine, records, args):
     accuracy = right / count
     return accuracy < 0.5 + 1 / count**0.5 and (
         f"the reward model prefers the chosen answer in {accuracy:.2f} of {count:.0f} held-out pairs, a coin in 0.5: "
-        f"--critic_model_name_or_path {args.critic_model_name_or_path} is not trained for these data (step2_reward.py "
-        "prints its held-out accuracy)."), accuracy <= 0.5 and count >= 32
+        f"{engine.reward.model.config.name_or_path} is not trained for these data (step2_reward.py prints its held-out "
+        "accuracy), or reads them by another chat template."), accuracy <= 0.5 and count >= 32
 
 
 # -----------------------------------------------------------------------------
@@ -602,9 +605,9 @@ def diagnose(history, clip=0.0):
             f"{ratio.mean():.2g}): lower --actor_learning_rate or --ppo_epochs.")
     if n >= 20:
         found |= compare(first, last)
-    if n >= 40 and (last("ppo/val/var_explained", 40) < 0).all() and "ppo/val/var_explained" in history[-1]:
+    if n >= 50 and (last("ppo/val/var_explained", 50) < 0).all() and "ppo/val/var_explained" in history[-1]:
         found["critic"] = (
-            "the critic has explained less than nothing of the returns for 40 steps (ppo/val/var_explained under 0): "
+            "the critic has explained less than nothing of the returns for 50 steps (ppo/val/var_explained under 0): "
             "change --critic_learning_rate, and see that the critic starts from the reward model.")
     for name, flag_name in (("policy", "actor"), ("val", "critic")):
         norms = last(f"ppo/{name}/grad_norm", 50)
@@ -630,7 +633,7 @@ def compare(first, last):
     """What changed from the first 10 steps to the last 10, as `diagnose` tells it."""
     found = {}
     was, now = first("objective/entropy").mean(), last("objective/entropy").mean()
-    if now < 0.05 * was:
+    if now < 0.03 * was:
         found["entropy"] = (f"entropy collapsed from {was:.2g} to {now:.2g} nats a token: all answers are becoming one. "
                             "Raise --kl_coef, lower --actor_learning_rate or stop earlier.")
     was, now = first("response/ended").mean(), last("response/ended").mean()
