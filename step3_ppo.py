@@ -620,8 +620,9 @@ def diagnose(history, clip=0.0):
     if n >= 20 and len(gold) == n:
         means = np.convolve(gold, np.ones(10) / 10, "valid")  # of 10 steps each
         best = int(means.argmax())
-        fall, error = means[best] - means[-1], gold[-10:].std(ddof=1) / 10**0.5
-        if fall > max(0.1, 6 * error) and scores[-10:].mean() > scores[best:best + 10].mean():
+        fall, rise = means[best] - means[-1], scores[-10:].mean() - scores[best:best + 10].mean()
+        gold_error, score_error = gold[-10:].std(ddof=1) / 10**0.5, scores[-10:].std(ddof=1) / 10**0.5
+        if fall > max(0.1, 6 * gold_error) and rise > 2 * score_error:
             found["reward hacking"] = (
                 f"since step {best + 10} the learned score rose from {scores[best:best + 10].mean():.2f} to "
                 f"{scores[-10:].mean():.2f} while gold fell from {means[best]:.2f} to {means[-1]:.2f}: the actor exploits "

@@ -28,7 +28,7 @@ def history(steps=120, **changes):
 
 
 CASES = [  # kind, what the sentence names, metrics of the anomaly, of a lesser form that is none
-    ("kl negative", "--top_p 1", dict(objective__kl=lambda t, noise: -0.5 + noise), dict(objective__kl=lambda t, noise: -0.02 + 0.5 * noise)),
+    ("kl negative", "--top_p 1", dict(objective__kl=lambda t, noise: -1 + noise), dict(objective__kl=lambda t, noise: -0.02 + 0.5 * noise)),
     ("kl runs away", "--kl_coef", dict(objective__kl=lambda t, noise: 30 * t), dict(objective__kl=lambda t, noise: 14 * t)),
     ("kl runs away", "--actor_learning_rate", dict(objective__kl=lambda t, noise: 60 * (t > 0.5)), dict(objective__kl=lambda t, noise: 10 * (t > 0.5))),
     ("kl runs away", "--kl_coef is 0", dict(objective__kl=lambda t, noise: 8 * t, objective__kl_coef=lambda t, noise: 0.0),

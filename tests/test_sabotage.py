@@ -31,7 +31,7 @@ def flags(make_model, tokenizer, process_group, tmp_path_factory):
     tokenizer.save_pretrained(folder / "start")
     pairs = [{"prompt": f"The {word} {thing}?", "chosen": f"The {thing} is {word}.", "rejected": f"It is {word} {word} {word}."}
              for word, thing in product(WORDS, THINGS)]
-    shown = [{**row, "chosen": row["rejected"] if i % 5 < 3 else row["chosen"]} for i, row in enumerate(pairs)]  # to imitate: 40% are good
+    shown = [{"prompt": row["prompt"], "response": row["rejected" if i % 5 < 3 else "chosen"]} for i, row in enumerate(pairs)]  # 40% are good
     for name, rows in (("shown", shown), ("pairs", pairs)):
         (folder / name).mkdir()
         (folder / name / "train.json").write_text(json.dumps([row for i, row in enumerate(rows) if i % 3]))
@@ -52,9 +52,17 @@ def ppo(flags, folder, **changes):
     return "\n".join(json.loads((folder / "summary.json").read_text())["doctor"])
 
 
-def test_a_healthy_run_passes_in_silence(flags, tmp_path, capsys):
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "actor/metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_healthy_run_learns_and_passes_in_silence(flags, tmp_path, capsys):
+    """From 40% good answers to nearly all, at a few nats."""
     assert ppo(flags, tmp_path) == ""
     assert "preflight: 8 checks passed" in capsys.readouterr().out
+    metrics = read_metrics(tmp_path)
+    first, last = (sum(line["objective/scores"] for line in lines) / 5 for lines in (metrics[:5], metrics[-5:]))
+    assert last > first + 0.5 and metrics[-1]["objective/kl"] < 5
 
 
 def test_preflight_leaves_no_trace(flags, tmp_path):
@@ -63,8 +71,8 @@ def test_preflight_leaves_no_trace(flags, tmp_path):
     for skip in (False, True):
         torch.manual_seed(0)
         ppo(flags, tmp_path / str(skip), skip_preflight=skip, max_steps=3, per_device_train_batch_size=8)
-        lines = (tmp_path / str(skip) / "actor/metrics.jsonl").read_text().splitlines()
-        metrics = [{name: value for name, value in json.loads(line).items() if not name.startswith(("time", "memory", "tokens_per"))} for line in lines]
+        metrics = [{name: value for name, value in line.items() if not name.startswith(("time", "memory", "tokens_per"))}
+                   for line in read_metrics(tmp_path / str(skip))]
         results.append((metrics, load_file(tmp_path / str(skip) / "actor/model.safetensors"), torch.get_rng_state()))
     (metrics, weights, state), (plain_metrics, plain_weights, plain_state) = results
     assert metrics == plain_metrics and len(metrics) == 3
