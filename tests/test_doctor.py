@@ -51,16 +51,16 @@ CASES = [  # kind, what the sentence names, metrics of the anomaly, of a lesser 
 
 @pytest.mark.parametrize("kind, named, anomaly, lesser", CASES, ids=[f"{case[0]} {case[1]}" for case in CASES])
 def test_names_it_and_not_its_lesser_form(kind, named, anomaly, lesser):
-    said = {}
+    said, broken, well = {}, history(**anomaly), history(**lesser)
     for n in range(1, 121):
-        said |= diagnose(history(**anomaly)[:n], clip=1.0)
-        assert kind not in diagnose(history(**lesser)[:n], clip=1.0), n
+        said = diagnose(broken[:n], clip=1.0) | said  # what is said first
+        assert kind not in diagnose(well[:n], clip=1.0), n
     assert named in said[kind]
 
 
 def test_a_healthy_run_gets_no_sentence():
     doctor = RunDoctor(clip=1.0)
-    for metrics in history(480):
+    for metrics in history(480, ppo__val__grad_norm=lambda t, noise: 40 * math.exp(-48 * t) + 1 + 0.3 * noise):  # the first 30 steps
         assert doctor(metrics) == []
 
 
