@@ -341,8 +341,8 @@ def write_json(path, value):
 STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # section of summary.json -> folder
 
 
-def write_summary(config, section, values, model):
-    """Puts a stage's headline numbers into output_dir/summary.json beside those of the stages before it."""
+def write_summary(config, section, values, model, **others):
+    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside those of the stages before it."""
     if dist.get_rank() != 0:
         return {}
     path = Path(config.output_dir) / "summary.json"
@@ -351,7 +351,7 @@ def write_summary(config, section, values, model):
     summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "dpo", "ppo") if s in summary), 1)
     hardware = Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers)}
-    summary.update(model=summary.get("model", model), hardware=hardware, seed=config.seed,
+    summary.update(**others, model=summary.get("model", model), hardware=hardware, seed=config.seed,
                    versions={"python": sys.version.split()[0], **versions})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
     write_json(path, summary)
