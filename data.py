@@ -57,11 +57,11 @@ def first_line(error):
 
 @contextmanager
 def one_sentence():
-    """Inside, a UsageError ends the program: its sentence on rank 0's standard error, exit code 2, no traceback."""
+    """Inside, a UsageError ends the program: its sentence once a host on standard error, exit code 2, no traceback."""
     try:
         yield
     except UsageError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # what is wrong may be wrong on one host alone
             print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -125,6 +125,7 @@ class Preference:
     prompt: list[dict]    # [{"role": "user", "content": "What is the opposite of hot?"}, ...], the last one the user's
     chosen: str           # the better answer; the demonstration in SFT
     rejected: str | None  # the worse answer; None where the source has demonstrations only
+    columns: dict = field(default_factory=dict, compare=False)  # the row but for chosen and rejected: for --reward_fn
 
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -237,12 +238,22 @@ def to_records(rows, source):
             raise UsageError(f"{source}, row {number}: {type(error).__name__}: {error}; its columns do not hold text "
                              f"or messages: {str(row)[:200]}") from error
         if texts and texts[-1][0] == "user" and record.chosen != record.rejected:
+            record.columns = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
             records.append(record)
     return records, len(rows) - len(records)
 
 
 # -----------------------------------------------------------------------------
 # sources -> rows
+
+def read_text(path):
+    try:
+        opener = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: Windows writes a mark in front
+            return file.read()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+
 
 def read_file(path):
     """A local file -> list of rows. JSON errors name the line."""
@@ -255,12 +266,7 @@ def read_file(path):
             raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
     if suffix not in (".json", ".jsonl", ".csv"):
         raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
-    try:
-        opener = gzip.open if path.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: Windows writes a mark in front
-            text = file.read()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+    text = read_text(path)
     if suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a long dialogue
         rows = list(csv.DictReader(io.StringIO(text)))
@@ -491,7 +497,7 @@ class EncodedDataset(Dataset):
     Records encoded once, 4 bytes a token. Items are dicts, their ids int32 arrays:
 
     stage 1  input_ids, prompt_len    prompt + chosen + EOS
-    stage 2  chosen, rejected         prompt + answer + EOS each
+    stage 2  chosen, rejected         prompt + answer + EOS each; prompt_len
     stage 3  input_ids, record        the prompt alone
 
     Answers that do not fit max_len are cut (and lose their EOS: what was cut does not end there); prompts that leave no
@@ -515,7 +521,8 @@ class EncodedDataset(Dataset):
                 continue
             rejected = encode_answers(tokenizer, prompts, [record.rejected for record in chunk])
             for (prompt, better), (_, worse) in zip(chosen, rejected):
-                self._add(len(prompt) < max_len, {"chosen": prompt + better, "rejected": prompt + worse}, max_len)
+                self._add(len(prompt) < max_len, {"chosen": prompt + better, "rejected": prompt + worse}, max_len,
+                          prompt_len=len(prompt))
         limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
         log(f"data: {len(self.items)} examples encoded; {self.dropped} dropped (prompt over {limit} {max_len}), "
             f"{self.cut} with answers cut to fit")
@@ -534,6 +541,28 @@ class EncodedDataset(Dataset):
 
     def __getitem__(self, index):
         return self.items[index]
+
+
+def encode_text(sources, tokenizer, length, log=print):
+    """
+    Plain text for PPO's mixture term -> list of items of stage 1, `length` tokens each, all of them trained: documents
+    end to end with EOS between them, cut into chunks. A document is a .txt file (.gz too), or a row of another source:
+    its column `text` if it has one, else the dialogue with its better answer.
+    """
+    ids = []
+    for source in sources:
+        plain = source.removesuffix(".gz").endswith(".txt")
+        rows = [{"text": read_text(source)}] if plain else read_source(source)[0]
+        if rows and "text" in rows[0]:
+            for document in tokenizer([row["text"] for row in rows], add_special_tokens=False).input_ids:
+                ids += document + [tokenizer.eos_token_id]
+        elif rows:
+            records = [record for record in to_records(rows, source)[0] if record.chosen]
+            for prompt, answer in encode_answers(tokenizer, [r.prompt for r in records], [r.chosen for r in records]):
+                ids += prompt + answer
+    chunks = np.array(ids[:len(ids) // length * length], np.int32).reshape(-1, length)
+    log(f"data: {', '.join(sources)}: {len(ids)} tokens of text in {len(chunks)} chunks of {length}")
+    return [{"input_ids": chunk, "prompt_len": 0} for chunk in chunks]
 
 
 # -----------------------------------------------------------------------------
@@ -557,6 +586,7 @@ class Collator:
     stage 1  input_ids, attention_mask   (B, T) int64, right-padded
              loss_mask                   (B, T) float32, 1 on trained tokens
     stage 2  input_ids, attention_mask   (2B, T) int64, right-padded: B chosen, then their B rejected
+             loss_mask                   (2B, T) float32, 1 on the answers' tokens
     stage 3  input_ids, attention_mask   (B, P) int64, left-padded: the answers start in the same column
              records                     a list of B
     """
@@ -571,8 +601,8 @@ class Collator:
             sequences = [item["input_ids"] for item in items]
         ids, mask = pad(sequences, self.pad_token_id, "left" if self.stage == 3 else "right")
         batch = {"input_ids": ids, "attention_mask": mask}
-        if self.stage == 1:
-            starts = torch.tensor([0 if self.train_on_prompt else item["prompt_len"] for item in items])
+        if self.stage < 3:
+            starts = torch.tensor([0 if self.train_on_prompt else item["prompt_len"] for item in items] * self.stage)
             batch["loss_mask"] = (mask * (torch.arange(ids.size(1)) >= starts[:, None])).float()
         if self.stage == 3:
             batch["records"] = [item["record"] for item in items]

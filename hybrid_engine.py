@@ -17,8 +17,10 @@ Memory, bytes per parameter of a trained model, before activations (N ranks):
 Everything here speaks token ids; text is data.py's.
 """
 
+import atexit
 import dataclasses
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -27,6 +29,7 @@ import random
 import shutil
 import socket
 import sys
+import threading
 import time
 import warnings
 from contextlib import contextmanager
@@ -35,6 +38,7 @@ from pathlib import Path
 
 import deepspeed
 import numpy as np
+import psutil
 import safetensors
 import torch
 import torch.distributed as dist
@@ -81,6 +85,8 @@ def run_stage(main, config_class, doc):
     try:
         with one_sentence():
             main(parse_config(config_class, doc))
+            if dist.is_initialized():
+                dist.barrier()  # all end together: `watch_hosts` takes one that is gone for lost
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -105,7 +111,12 @@ def setup(config):
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         # on a CPU gloo does; DeepSpeed's own all-reduce would be compiled at the first start, for most of a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # gloo would listen where the host's name leads, which many an /etc/hosts says is 127.0.0.1
+        interfaces = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
+        if host_address() in interfaces:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces[host_address()])
         deepspeed.init_distributed(verbose=False)
+        watch_hosts()
     world = dist.get_world_size()
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -121,8 +132,68 @@ def setup(config):
     return settings
 
 
+BEAT_SECONDS, SILENT_BEATS = 5, 18  # a rank not heard for 90 s is lost
+
+
+def watch_hosts():
+    """
+    Ends this process, with a sentence that names the host, when a rank on another one is not heard any more. A host that
+    loses its power or its link closes no connection, so the others would wait in their next collective for its timeout:
+    30 minutes, which a long save or evaluation needs. On one host nothing is watched: there the launcher ends the others.
+
+    Two daemon threads. `talk` tells rank 0's store that this rank is alive and asks for the others; a dead link may block
+    it for as long as it likes, so `judge` counts. It counts beats and not seconds: while this process is stopped or
+    starved itself, nobody else is silent. The main thread may compute, load or wait for as long as it releases the GIL.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # its own socket
+    keys = [f"heartbeat/{r}" for r in range(world)]
+    store.set(keys[rank], f"0 {socket.gethostname()} ({host_address()})")
+    heard, ended = store.multi_get(keys), threading.Event()  # waits until all keys are there
+    hosts = [value.decode().split(" ", 1)[1] for value in heard]
+    if len(set(hosts)) == 1:
+        return
+
+    def talk():
+        try:
+            for beat in itertools.count(1):
+                store.set(keys[rank], f"{beat} {hosts[rank]}")
+                heard[:] = store.multi_get(keys)
+                if ended.wait(BEAT_SECONDS):
+                    return
+        except dist.DistError:  # rank 0 is gone; `judge` gives it the time to be gone because all is done
+            return
+
+    def judge():
+        before, silent = list(heard), [0] * world
+        while not ended.wait(BEAT_SECONDS):
+            now = list(heard)
+            silent = [count + 1 if old == new else 0 for old, new, count in zip(before, now, silent)]
+            before, lost = now, [r for r in range(world) if silent[r] >= SILENT_BEATS]
+            if lost:
+                lost = [0] if 0 in lost else lost  # without rank 0's store nobody is heard
+                names = " and ".join(sorted({hosts[r] for r in lost}))
+                print(f"\n{Path(sys.argv[0]).name}: error: nothing heard for {BEAT_SECONDS * SILENT_BEATS} s from rank "
+                      f"{', '.join(map(str, lost))} on host {names}: host, network or process is gone. This is rank {rank} "
+                      f"on {hosts[rank]}; it ends now.", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread waits in a collective that no exception reaches
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (talk, judge)]
+    for thread in threads:
+        thread.start()
+    atexit.register(lambda: (ended.set(), threads[0].join(BEAT_SECONDS)))  # not inside the store when Python goes down
+
+
+def host_address():
+    """The address of this host on the network that leads to rank 0's."""
+    family, kind, *_, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # of a datagram socket: chooses the route, sends nothing
+        return probe.getsockname()[0]
+
+
 AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_generation_batch_size",
-              "num_train_epochs", "ppo_epochs", "logging_steps", "max_eval_samples", "max_seq_len",
+              "num_train_epochs", "ppo_epochs", "num_generations", "logging_steps", "max_eval_samples", "max_seq_len",
               "max_prompt_seq_len", "max_answer_seq_len")
 
 
@@ -259,13 +330,14 @@ def write_summary(config, section, values, model):
     path = Path(config.output_dir) / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() and section != "sft" else {}  # a new run begins with SFT
     summary[section] = {name: round(value, 4) for name, value in values.items() if value is not None}
-    summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "ppo") if s in summary), 1)
+    summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "dpo", "ppo") if s in summary), 1)
     hardware = Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers)}
     summary.update(model=summary.get("model", model), hardware=hardware, seed=config.seed,
                    versions={"python": sys.version.split()[0], **versions})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
-    write_json(Path(config.output_dir) / {"ppo": "actor"}.get(section, section) / "run_config.json", summary["config"][section])
+    folder = Path(config.output_dir) / {"ppo": "actor", "dpo": "actor"}.get(section, section)
+    write_json(folder / "run_config.json", summary["config"][section])
     write_json(path, summary)
     return summary
 
