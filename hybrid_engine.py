@@ -132,7 +132,7 @@ def setup(config):
     return settings
 
 
-BEAT_SECONDS, SILENT_BEATS = 5, 18  # a rank not heard for 90 s is lost
+BEAT_SECONDS, SILENT_BEATS = 5, 15  # a rank not heard for 75 s is lost
 
 
 def watch_hosts():

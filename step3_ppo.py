@@ -2,7 +2,7 @@
 Step 3: reinforcement learning from human feedback with PPO. The actor answers prompts; the reward model scores the
 answers; the actor moves towards what scores well, and a KL penalty keeps it near the model it came from.
 
-    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]                   Ouyang et al. 2022, eq. 2, without the ptx term
+    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]  (+ c E log pi(text))               Ouyang et al. 2022, eq. 2
 
     reward of token t   R_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t is the last] r(x, y)
     advantage           A_t = sum_k (gamma lam)^k delta_{t+k}                          Schulman et al. 2016, eq. 16
@@ -11,10 +11,14 @@ answers; the actor moves towards what scores well, and a KL penalty keeps it nea
                         rho_t = pi(y_t) / pi_old(y_t)
     critic loss         1/2 max( (V_t - G_t)^2, (clip(V_t, V_old,t +- eps_v) - G_t)^2 ),  G_t = A_t + V_old,t
 
+--advantage rloo, grpo and reinforce put other estimates in A_t's place and go without a critic. --reward_fn takes
+r(x, y) from Python functions or several models. --unsupervised_data_path adds the text term, "ptx".
+
 Every sum runs over the response's tokens, its EOS included (so the model learns when to stop) and nothing after it.
 Which tokens those are is known from the response's length, never found by comparing ids with PAD or EOS.
 
     python step3_ppo.py --actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --max_answer_seq_len 40 --max_steps 30
+    python step3_ppo.py --advantage rloo --num_generations 4 --reward_fn my_rewards.py:polite
     deepspeed step3_ppo.py --data_path Dahoas/rm-static              # one GPU; reads output/sft and output/reward
     deepspeed --num_gpus 8 step3_ppo.py --deepspeed_config configs/1node.json --data_path Dahoas/rm-static
 
