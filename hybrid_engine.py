@@ -324,7 +324,7 @@ def write_json(path, value):
 
 
 def write_summary(config, section, values, model, **others):
-    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside those of the stages before it."""
+    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside what earlier stages put there."""
     if dist.get_rank() != 0:
         return {}
     path = Path(config.output_dir) / "summary.json"

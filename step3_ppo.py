@@ -632,8 +632,8 @@ def check_logprobs(trainer, x, noise):
         "random: set every dropout in its config.json to 0, functional ones too (disable_dropout in hybrid_engine.py).",
         "sampler": random <= noise < max(old, drift) and
         f"the log-probabilities of the rollout are {max(old, drift):.2g} nats a token from the training forward's, so "
-        "the first ratio is not 1: the sampler's weights, temperature, mask or shift by one token are not the trainer's "
-        f"(--temperature {args.temperature}, generate_experience).",
+        "the first ratio is not 1: the sampler's weights, temperature, mask or shift by one token are not the "
+        f"trainer's (--temperature {args.temperature}, generate_experience).",
         "reference": kl > noise and
         f"actor and reference are {kl:.2g} nats a token apart before the first update: both must be loaded from "
         f"--actor_model_name_or_path {args.actor_model_name_or_path}, dropout off."}
@@ -705,10 +705,10 @@ def check_ending(trainer, records):
     actor = f"--actor_model_name_or_path {args.actor_model_name_or_path}"
     if nats > 0.9 * math.log(V):
         return (f"the actor gives the held-out answers {nats:.1f} nats a token, where guessing among its {V} tokens "
-                f"gives {math.log(V):.1f}: {actor} has the wrong tokenizer beside it, or was not trained (step1_sft.py).")
+                f"gives {math.log(V):.1f}: {actor} has the wrong tokenizer beside it, or is untrained (step1_sft.py).")
     if after < max(0.01, 3 * inside):
         return (f"the actor's probability of EOS is {after:.2g} after the held-out answers and {inside:.2g} in the "
-                f"middle of them: it has not learned to stop. Train {actor} on answers that end with EOS (step1_sft.py).")
+                f"middle of them: it has not learned to stop. Train {actor} on answers that do (step1_sft.py).")
     return ended == 0 and fits > 0.5 and (
         f"no rollout ended within --max_answer_seq_len {args.max_answer_seq_len}, though the actor expects EOS after "
         f"the held-out answers (probability {after:.2g}) and most are shorter: eos_token_id {engine.eos_token_ids} of "
@@ -794,14 +794,14 @@ def diagnose(history, clip=0.0):
     if n >= 20 and kl[-20:].mean() < -max(0.1, 3 * kl[-20:].std(ddof=1) / 20**0.5):
         found["kl negative"] = (
             f"the KL to the reference is {kl[-20:].mean():.2f} nats a response over 20 steps, and no true KL is "
-            "negative: answers are not drawn from the policy whose log-probabilities are used. Set --top_p 1, and look at "
-            "--temperature, the mask and the sampler.")
+            "negative: answers are not drawn from the policy whose log-probabilities are used. Set --top_p 1, and look "
+            "at --temperature, the mask and the sampler.")
     drift = last("response/logprob_drift", 5)
     if n >= 5 and drift.mean() > min(0.05, max(1e-3, 5 * first("response/logprob_drift", 1).sum())):
         found["drift"] = (
             f"the sampler's log-probabilities are {drift.mean():.2g} nats a token from the trainer's: the sampler does "
-            "not read the trained weights, or old log-probabilities are of an older policy. In float32 it is a fault; in "
-            "bf16 try fp32 for the head.")
+            "not read the trained weights, or old log-probabilities are of an older policy. In float32 it is a fault; "
+            "in bf16 try fp32 for the head.")
     approxkl, ratio = last("ppo/policy/approxkl", 5), last("ppo/policy/ratio", 5)
     if n >= 5 and (approxkl.mean() > 0.1 or abs(ratio.mean() - 1) > 0.2):
         found["ratio"] = (
@@ -853,7 +853,7 @@ def compare(first, last):
     was, now = first("response/length").mean(), lengths[-10:].mean()
     if len(lengths) == 50 and now > 1.5 * was and np.corrcoef(lengths, scores)[0, 1] > 0.7:
         found["length"] = (f"answers grow with the score (from {was:.0f} to {now:.0f} tokens): the reward may be "
-                           "paying for length. Read some, and see how length and score correlate in step 2's held-out pairs.")
+                           "paying for length. Read some, and see how length and preference go together in the pairs.")
     return found
 
 
