@@ -342,7 +342,7 @@ STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # s
 
 
 def write_summary(config, section, values, model, **others):
-    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside those of the stages before it."""
+    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside what earlier stages put there."""
     if dist.get_rank() != 0:
         return {}
     path = Path(config.output_dir) / "summary.json"

@@ -643,8 +643,8 @@ def check_logprobs(trainer, x, noise):
         "random: set every dropout in its config.json to 0, functional ones too (disable_dropout in hybrid_engine.py).",
         "sampler": random <= noise < max(old, drift) and
         f"the log-probabilities of the rollout are {max(old, drift):.2g} nats a token from the training forward's, so "
-        "the first ratio is not 1: the sampler's weights, temperature, mask or shift by one token are not the trainer's "
-        f"(--temperature {args.temperature}, generate_experience).",
+        "the first ratio is not 1: the sampler's weights, temperature, mask or shift by one token are not the "
+        f"trainer's (--temperature {args.temperature}, generate_experience).",
         "reference": kl > noise and
         f"actor and reference are {kl:.2g} nats a token apart before the first update: both must be loaded from "
         f"--actor_model_name_or_path {args.actor_model_name_or_path}, dropout off."}
@@ -716,10 +716,10 @@ def check_ending(trainer, records):
     actor = f"--actor_model_name_or_path {args.actor_model_name_or_path}"
     if nats > 0.9 * math.log(V):
         return (f"the actor gives the held-out answers {nats:.1f} nats a token, where guessing among its {V} tokens "
-                f"gives {math.log(V):.1f}: {actor} has the wrong tokenizer beside it, or was not trained (step1_sft.py).")
+                f"gives {math.log(V):.1f}: {actor} has the wrong tokenizer beside it, or is untrained (step1_sft.py).")
     if after < max(0.01, 3 * inside):
         return (f"the actor's probability of EOS is {after:.2g} after the held-out answers and {inside:.2g} in the "
-                f"middle of them: it has not learned to stop. Train {actor} on answers that end with EOS (step1_sft.py).")
+                f"middle of them: it has not learned to stop. Train {actor} on answers that do (step1_sft.py).")
     return ended == 0 and fits > 0.5 and (
         f"no rollout ended within --max_answer_seq_len {args.max_answer_seq_len}, though the actor expects EOS after "
         f"the held-out answers (probability {after:.2g}) and most are shorter: eos_token_id {engine.eos_token_ids} of "

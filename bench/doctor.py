@@ -63,14 +63,14 @@ def diagnose(history, clip=0.0):
     if n >= 20 and kl[-20:].mean() < -max(0.1, 3 * kl[-20:].std(ddof=1) / 20**0.5):
         found["kl negative"] = (
             f"the KL to the reference is {kl[-20:].mean():.2f} nats a response over 20 steps, and no true KL is "
-            "negative: answers are not drawn from the policy whose log-probabilities are used. Set --top_p 1, and look at "
-            "--temperature, the mask and the sampler.")
+            "negative: answers are not drawn from the policy whose log-probabilities are used. Set --top_p 1, and look "
+            "at --temperature, the mask and the sampler.")
     drift = last("response/logprob_drift", 5)
     if n >= 5 and drift.mean() > min(0.05, max(1e-3, 5 * first("response/logprob_drift", 1).sum())):
         found["drift"] = (
             f"the sampler's log-probabilities are {drift.mean():.2g} nats a token from the trainer's: the sampler does "
-            "not read the trained weights, or old log-probabilities are of an older policy. In float32 it is a fault; in "
-            "bf16 try fp32 for the head.")
+            "not read the trained weights, or old log-probabilities are of an older policy. In float32 it is a fault; "
+            "in bf16 try fp32 for the head.")
     approxkl, ratio = last("ppo/policy/approxkl", 5), last("ppo/policy/ratio", 5)
     if n >= 5 and (approxkl.mean() > 0.1 or abs(ratio.mean() - 1) > 0.2):
         found["ratio"] = (
@@ -122,7 +122,7 @@ def compare(first, last):
     was, now = first("response/length").mean(), lengths[-10:].mean()
     if len(lengths) == 50 and now > 1.5 * was and np.corrcoef(lengths, scores)[0, 1] > 0.7:
         found["length"] = (f"answers grow with the score (from {was:.0f} to {now:.0f} tokens): the reward may be "
-                           "paying for length. Read some, and see how length and score correlate in step 2's held-out pairs.")
+                           "paying for length. Read some, and see how length and preference go together in the pairs.")
     return found
 
 
