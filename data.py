@@ -652,17 +652,18 @@ def count_steps(dataloader, epochs, max_steps=-1):
     return max_steps if max_steps > 0 else len(dataloader) * epochs
 
 
-def training_steps(dataloader, total_steps):
-    """Yields (step from 1, batch) total_steps times, with an order of its own for every epoch."""
-    epochs = itertools.count()
-    batches = iter(())
-    for step in range(1, total_steps + 1):
-        batch = next(batches, None)
-        if batch is None:
-            dataloader.sampler.set_epoch(next(epochs))
-            batches = iter(dataloader)
-            batch = next(batches)
-        yield step, batch
+def training_steps(dataloader, total_steps, done=0):
+    """
+    Yields (step, batch) for the steps after `done` up to total_steps, with an order of its own for every epoch. The
+    order depends on seed and epoch alone, so a resumed run goes on with the batch it would have had.
+    """
+    step = done
+    while step < total_steps:
+        epoch, skipped = divmod(step, len(dataloader))
+        dataloader.sampler.set_epoch(epoch)
+        for rows in itertools.islice(dataloader.batch_sampler, skipped, skipped + total_steps - step):
+            step += 1
+            yield step, dataloader.collate_fn([dataloader.dataset[row] for row in rows])
 
 
 def decode_answers(tokenizer, rollout):

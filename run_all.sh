@@ -12,6 +12,7 @@
 #   bash run_all.sh opt-1.3b 1gpu
 #   bash run_all.sh opt-13b 1node --data_path Dahoas/rm-static my_pairs.jsonl --output_dir runs/13b
 #   STEP3_ARGS="--kl_coef 0.1 --ppo_epochs 2" bash run_all.sh tiny cpu        # flags for one stage
+#   bash run_all.sh opt-1.3b 1gpu --save_steps 200 --resume                    # the same line again goes on where it was
 #   bash run_all.sh setup                                      # only make the environment (.venv)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -141,7 +142,10 @@ stage() {  # name, flags
   local name=$1 began=$SECONDS
   shift
   echo; echo "=== $name: $launch $name.py $*"
-  $launch "$here/$name.py" "$@" || stop "$name.py failed; its last lines above say why"
+  $launch "$here/$name.py" "$@" &
+  # a SIGTERM to this script goes to the launcher's child, which hands it on to the ranks; with --save_steps they save
+  trap "kill \$(cat /proc/$!/task/$!/children)" TERM
+  wait $! || wait $! || stop "$name.py failed; its last lines above say why"
   echo "=== $name took $((SECONDS - began)) s"
 }
 stage step1_sft $config --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-}

@@ -39,10 +39,10 @@ import torch.nn.functional as F
 
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, RewardModel, adapters_off,
-                           add_lora, all_sum, device, dry_run, empty_model, frozen_engine, last_token, load_model,
-                           mean, parameter_count, print0, run_stage, save_model, setup, to_device, train_engine,
-                           train_step, write_summary)
+from hybrid_engine import (Checkpoints, EngineConfig, InferenceEngine, LanguageModel, MetricsLog, RewardModel,
+                           adapters_off, add_lora, all_sum, device, dry_run, empty_model, frozen_engine, last_token,
+                           load_model, mean, parameter_count, print0, run_stage, save_model, setup, to_device,
+                           train_engine, train_step, write_summary)
 
 
 @dataclass
@@ -121,6 +121,10 @@ def main(config):
         return dry_run(config, models, pair, pair if config.dpo else 0)
     began = time.time()
     settings = setup(config)
+    section = "dpo" if config.dpo else "reward"
+    checkpoints = Checkpoints(config, section)
+    if checkpoints.finished:
+        return
     rank, world = dist.get_rank(), dist.get_world_size()
 
     # -------------------------------------------------------------------------
@@ -146,6 +150,7 @@ def main(config):
     else:
         model = RewardModel(add_lora(load(head="score", score_from_lm=True), config))
     engine = train_engine(model, settings, config, config.learning_rate, total_steps)
+    checkpoints.load({"model": engine}, total_steps)
 
     def score_pairs(batch):
         return implicit_rewards(engine, ref, batch, config.dpo_beta) if config.dpo else pair_scores(engine, batch)
@@ -154,13 +159,12 @@ def main(config):
 
     # -------------------------------------------------------------------------
     # training
-    section, folder = ("dpo", "actor") if config.dpo else ("reward", "reward")
-    folder = f"{config.output_dir}/{folder}"
+    folder = checkpoints.folder
     log = MetricsLog(folder, total_steps, config.logging_steps,
                      [("loss", "loss", "7.4f"), ("accuracy", "rewards/accuracies", "6.3f"),
                       ("margin", "rewards/margins", "7.3f"), ("lr", "lr", ".2e"),
-                      ("tok/s", "tokens_per_second", "7.0f")], engine.monitor)
-    for step, batches in training_steps(train_loader, total_steps):
+                      ("tok/s", "tokens_per_second", "7.0f")], engine.monitor, checkpoints.done)
+    for step, batches in training_steps(train_loader, total_steps, checkpoints.done):
         started, sums = time.time(), torch.zeros(3, device=device())
         batches = [to_device(batch) for batch in batches]
         pairs = world * sum(len(batch["input_ids"]) // 2 for batch in batches)
@@ -177,6 +181,7 @@ def main(config):
         log(step, {"loss": loss, "rewards/accuracies": right / pairs, "rewards/chosen": chosen / pairs,
                    "rewards/rejected": rejected / pairs, "rewards/margins": (chosen - rejected) / pairs, "lr": lr,
                    "grad_norm": grad_norm, "tokens_per_second": read / (time.time() - started)})
+        checkpoints.save(step)
 
     # -------------------------------------------------------------------------
     # evaluation, the model
@@ -194,7 +199,7 @@ def main(config):
     else:
         model.config.score_mean, model.config.score_std = held["score_mean"], held["score_std"]
     save_model(engine, tokenizer, folder)
-    seconds = time.time() - began
+    seconds = checkpoints.seconds + time.time() - began
     write_summary(config, section, {"seconds": seconds, **held}, config.model_name_or_path)
     print0(f"\nstep 2 done in {seconds:.0f} s: held-out accuracy {held['accuracy']:.3f} on {len(held_set)} pairs, "
            f"calibration error {held['calibration_error']:.3f}, correlation with length "

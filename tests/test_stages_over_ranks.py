@@ -112,11 +112,13 @@ def averaging(rank, folder):
             with deepspeed.zero.GatheredParameters(list(model.parameters())):
                 history.append({name: p.detach().clone() for name, p in model.named_parameters()})
         assert (set(average.average) == set(history[0])) == (rank == 0), stage
+        moved = 0
         for name, found in average.average.items():
             w = [weights[name] for weights in history]
             expected = 0.9**3 * w[0] + sum(0.1 * 0.9 ** (3 - k) * w[k] for k in (1, 2, 3))
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=0, msg=lambda m: f"ZeRO {stage}, {name}: {m}")
-            assert (w[3] - w[0]).abs().max() > 1e-3, (stage, name)
+            moved = max(moved, (w[3] - w[0]).abs().max())
+        assert moved > 1e-3 or rank, stage
 
 
 def metrics(folder):
