@@ -46,6 +46,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from bench.doctor import RunDoctor
+from bench.memory_plan import dry_run, empty_model
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, UsageError, count_steps, decode_answers,
                   encode_text, flag, gold_scorer, load_records, load_tokenizer, make_dataloader, pad, rank_share,
                   training_steps)
@@ -752,7 +753,25 @@ def check_preference(engine, records, args):
         "accuracy), or reads them by another chat template."), accuracy <= 0.5 and count >= 32
 
 
+def planned_models(config):
+    """The models of DeepSpeedRLHFEngine without weights, for --dry_run; the one that generates comes first."""
+    actor, critic = config.actor_model_name_or_path, config.critic_model_name_or_path
+    models = {"actor": empty_model(actor, config)}
+    if not (config.lora_dim and config.only_optimize_lora):
+        models["ref"] = empty_model(actor, config, trained=False)
+    scorers = [name for name in config.reward_fn or [critic] if not name.rpartition(":")[0].endswith(".py")]
+    for i, name in enumerate(scorers):
+        models[f"reward {i + 1}" if i else "reward"] = empty_model(name, config, "score", trained=False)
+    if config.advantage == "gae":
+        models["critic"] = empty_model(critic, config, "score")
+    return models
+
+
 def main(config):
+    if config.dry_run:
+        longest = config.max_prompt_seq_len + config.max_answer_seq_len
+        return dry_run(config, planned_models(config), longest, config.max_answer_seq_len,
+                       config.per_device_generation_batch_size * config.num_generations)
     began = time.time()
     setup(config)
     checkpoints = Checkpoints(config, "ppo")
