@@ -562,6 +562,9 @@ def encode_text(sources, tokenizer, length, log=print):
                 ids += prompt + answer
     chunks = np.array(ids[:len(ids) // length * length], np.int32).reshape(-1, length)
     log(f"data: {', '.join(sources)}: {len(ids)} tokens of text in {len(chunks)} chunks of {length}")
+    if len(chunks) == 0:
+        raise UsageError(f"{', '.join(sources)}: {len(ids)} tokens of text do not fill one chunk of --max_seq_len "
+                         f"{length}; give more text, or lower it.")
     return [{"input_ids": chunk, "prompt_len": 0} for chunk in chunks]
 
 

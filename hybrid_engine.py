@@ -120,6 +120,8 @@ def setup(config):
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         # on a CPU gloo does; DeepSpeed's own all-reduce would be compiled at the first start, for most of a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # ninja, for what DeepSpeed compiles (offload): ssh starts this Python without its environment's folder in PATH
+        os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
         # gloo would listen where the host's name leads, which many an /etc/hosts says is 127.0.0.1
         interfaces = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
         if host_address() in interfaces:
@@ -141,18 +143,20 @@ def setup(config):
     return settings
 
 
-BEAT_SECONDS, SILENT_BEATS = 5, 18  # a rank not heard for 90 s is lost
+BEAT_SECONDS, SILENT_BEATS = 5, 15  # a rank not heard for 75 s is lost
 
 
 def watch_hosts():
     """
-    Ends this process, with a sentence that names the host, when a rank on another one is not heard any more. A host that
-    loses its power or its link closes no connection, so the others would wait in their next collective for its timeout:
-    30 minutes, which a long save or evaluation needs. On one host nothing is watched: there the launcher ends the others.
+    Ends this process, with a sentence that names the host, when a rank on another one is not heard any more. A host
+    that loses its power or its link closes no connection, so the others would wait in their next collective for its
+    timeout: 30 minutes, which a long save or evaluation needs. On one host nothing is watched: there the launcher ends
+    the others.
 
-    Two daemon threads. `talk` tells rank 0's store that this rank is alive and asks for the others; a dead link may block
-    it for as long as it likes, so `judge` counts. It counts beats and not seconds: while this process is stopped or
-    starved itself, nobody else is silent. The main thread may compute, load or wait for as long as it releases the GIL.
+    Two daemon threads. `talk` tells rank 0's store that this rank is alive and asks for the others; a dead link may
+    block it for as long as it likes, so `judge` counts. It counts beats and not seconds: while this process is stopped
+    or starved itself, nobody else is silent. The main thread may compute, load or wait for as long as it releases the
+    GIL.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # its own socket
@@ -183,8 +187,8 @@ def watch_hosts():
                 lost = [0] if 0 in lost else lost  # without rank 0's store nobody is heard
                 names = " and ".join(sorted({hosts[r] for r in lost}))
                 print(f"\n{Path(sys.argv[0]).name}: error: nothing heard for {BEAT_SECONDS * SILENT_BEATS} s from rank "
-                      f"{', '.join(map(str, lost))} on host {names}: host, network or process is gone. This is rank {rank} "
-                      f"on {hosts[rank]}; it ends now.", file=sys.stderr, flush=True)
+                      f"{', '.join(map(str, lost))} on host {names}: host, network or process is gone. This is rank "
+                      f"{rank} on {hosts[rank]}; it ends now.", file=sys.stderr, flush=True)
                 os._exit(1)  # the main thread waits in a collective that no exception reaches
 
     threads = [threading.Thread(target=work, daemon=True) for work in (talk, judge)]
@@ -338,8 +342,8 @@ def write_json(path, value):
 STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # section of summary.json -> folder
 
 
-def write_summary(config, section, values, model):
-    """Puts a stage's headline numbers into output_dir/summary.json beside those of the stages before it."""
+def write_summary(config, section, values, model, **others):
+    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside those of the stages before it."""
     if dist.get_rank() != 0:
         return {}
     path = Path(config.output_dir) / "summary.json"
@@ -348,7 +352,7 @@ def write_summary(config, section, values, model):
     summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "dpo", "ppo") if s in summary), 1)
     hardware = Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers)}
-    summary.update(model=summary.get("model", model), hardware=hardware, seed=config.seed,
+    summary.update(**others, model=summary.get("model", model), hardware=hardware, seed=config.seed,
                    versions={"python": sys.version.split()[0], **versions})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
     write_json(path, summary)
