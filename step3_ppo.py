@@ -33,6 +33,7 @@ normalised by the reward model's own mean and standard deviation before they are
 
 import importlib.util
 import inspect
+import json
 import math
 import time
 from contextlib import contextmanager
@@ -922,6 +923,9 @@ def main(config):
                       ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
                       ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor, checkpoints.done)
     doctor = RunDoctor(engine.actor.gradient_clipping())
+    if checkpoints.done and rank == 0:  # it has seen the steps before the resume
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            doctor(json.loads(line))
     for step, prompt_batch in training_steps(train_loader, total_steps, checkpoints.done):
         out = trainer.generate_experience(prompt_batch)
         if scorer:
