@@ -19,6 +19,7 @@ Everything here speaks token ids; text is data.py's.
 
 import argparse
 import atexit
+import copy
 import dataclasses
 import inspect
 import itertools
@@ -764,7 +765,7 @@ def to_device(batch):
 ANY_VALUE = {  # flags that may change when a run is resumed, or that count through what resolved_config derives
     "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size", "gradient_accumulation_steps",
     "per_device_generation_batch_size", "inference_tp_size", "logging_steps", "save_steps", "save_total_limit",
-    "resume"}
+    "resume", "skip_preflight"}
 
 
 def resolved_config(config, section):
@@ -929,8 +930,11 @@ class Checkpoints:
                 engine._config.load_universal_checkpoint = True
             assert engine.load_checkpoint(str(source), tag=name)[0], f"{path / name} was not loaded"
             engine._config.load_universal_checkpoint = False
-            for group, decay in zip(engine.optimizer.param_groups, decays):
-                group["weight_decay"] = decay  # DeepSpeed's universal loader gives every group the first one's
+            if resharded:  # DeepSpeed's loader for ZeRO 3 gives all groups one weight decay and one counter of steps
+                for group, decay in zip(engine.optimizer.param_groups, decays):
+                    group["weight_decay"] = decay
+                for state in engine.optimizer.optimizer.state.values():
+                    state["step"] = copy.deepcopy(state["step"])
         if self.trainer:
             self.trainer.load_state_dict(torch.load(path / "trainer.pt", weights_only=False))
         if ranks == world:

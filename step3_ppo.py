@@ -826,8 +826,9 @@ def main(config):
                       ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
                       ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor, checkpoints.done)
     doctor = RunDoctor(engine.actor.gradient_clipping())
-    for line in open(f"{folder}/metrics.jsonl") if checkpoints.done else ():
-        doctor(json.loads(line))
+    if checkpoints.done and rank == 0:  # it has seen the steps before the resume
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            doctor(json.loads(line))
     for step, prompt_batch in training_steps(train_loader, total_steps, checkpoints.done):
         out = trainer.generate_experience(prompt_batch)
         if scorer:
