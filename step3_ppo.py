@@ -592,9 +592,9 @@ def preflight(trainer, dataloader, records, total_steps):
     if failed:
         raise UsageError("preflight stops the run before any training (--skip_preflight starts it as it is).\n  "
                          + "\n  ".join(failed))
-    for name in mild:
-        if found[name]:
-            print0(f"preflight: warning: {name}: {found[name]}")
+    for name, sentence in found.items():
+        if sentence and name in mild:
+            print0(f"preflight: warning: {name}: {sentence}")
     passed = sum(not sentence for sentence in found.values())
     print0(f"preflight: {passed} checks passed ({time.time() - began:.1f} s)")
 
