@@ -125,6 +125,7 @@ class Preference:
     prompt: list[dict]    # [{"role": "user", "content": "What is the opposite of hot?"}, ...], the last one the user's
     chosen: str           # the better answer; the demonstration in SFT
     rejected: str | None  # the worse answer; None where the source has demonstrations only
+    columns: dict = field(default_factory=dict, compare=False)  # the row but for chosen and rejected: for --reward_fn
 
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -237,6 +238,7 @@ def to_records(rows, source):
             raise UsageError(f"{source}, row {number}: {type(error).__name__}: {error}; its columns do not hold text "
                              f"or messages: {str(row)[:200]}") from error
         if texts and texts[-1][0] == "user" and record.chosen != record.rejected:
+            record.columns = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
             records.append(record)
     return records, len(rows) - len(records)
 

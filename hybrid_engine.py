@@ -122,7 +122,7 @@ def setup(config):
 
 
 AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_generation_batch_size",
-              "num_train_epochs", "ppo_epochs", "logging_steps", "max_eval_samples", "max_seq_len",
+              "num_train_epochs", "ppo_epochs", "num_generations", "logging_steps", "max_eval_samples", "max_seq_len",
               "max_prompt_seq_len", "max_answer_seq_len")
 
 

@@ -27,8 +27,12 @@ exactly 1; advantages are whitened over all ranks; losses are normalised by the 
 normalised by the reward model's own mean and standard deviation before they are clipped to +-5.
 """
 
+import importlib.util
+import inspect
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -47,8 +51,12 @@ from kernels.ppo_loss import ppo_actor_loss
 class Config(EngineConfig, DataConfig):
     actor_model_name_or_path: str = flag("output/sft", "the SFT model: actor and reference start from it")
     critic_model_name_or_path: str = flag("output/reward", "the reward model; the critic starts from it")
+    reward_fn: list[str] = flag([], "file.py:function or reward models, one or more; default: the critic's start")
+    reward_weights: list[float] = flag([], "of --reward_fn's scores in their sum; default 1 each")
     actor_learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top")
     critic_learning_rate: float = flag(5e-6, "AdamW's, at the schedule's top")
+    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = flag("gae", "estimator; all but gae go without a critic")
+    num_generations: int = flag(1, "answers to each prompt of a rollout; rloo and grpo compare them, so need 2 or more")
     per_device_generation_batch_size: int = flag(16, "prompts answered in one rollout on each device")
     ppo_epochs: int = flag(1, "passes over a rollout before the next")
     kl_coef: float = flag(0.05, "beta, reward units per nat")
@@ -82,6 +90,46 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     return rewards.scatter_add(1, last[:, None], scores[:, None])
 
 
+def reinforce(rewards, mask, gamma):
+    """
+    Advantages of REINFORCE++ before whitening: the discounted sum of a token's reward and all that follow, (B, R) like
+    gae's arguments (Hu 2025, arXiv 2501.03262). It is gae with a critic that says 0 and lambda 1.
+    """
+    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+
+
+def rloo(rewards, n):
+    """
+    REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, section 2.2): what a response earned, its KL
+    penalty included, minus the mean of what the n - 1 others to the same prompt earned.
+
+    rewards  (B, R), rows of one prompt together, n each -> advantages (B, 1), the same for all tokens
+    """
+    earned = rewards.sum(1).view(-1, n)
+    others = (earned.sum(1, keepdim=True) - earned) / (n - 1)
+    return (earned - others).view(-1, 1)
+
+
+def grpo(scores, n):
+    """
+    Group-relative advantages (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): a score's distance from the mean of
+    the n responses to its prompt, in their standard deviations. The KL is no part of it: see kl_penalty.
+
+    scores  (B,), rows of one prompt together, n each -> advantages (B, 1); 0 where all n score the same
+    """
+    group = scores.view(-1, n)
+    return ((group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+
+
+def kl_penalty(logprobs, ref_logprobs, mask):
+    """
+    Summed KL(pi || pi_ref) in nats by Schulman's k3, exp(d) - d - 1 with d = log pi_ref - log pi: never negative, and
+    GRPO's term in the loss (Shao et al. 2024, eq. 4). d is bounded like PPO's log-ratio.
+    """
+    d = ((ref_logprobs - logprobs) * mask).clamp(-20, 20)
+    return (d.exp() - d - 1).sum()
+
+
 def whiten(values, mask):
     """
     values (B, R) float32 -> mean 0 and variance 1 over the mask's tokens of all ranks, zero elsewhere; sums in float64.
@@ -107,31 +155,86 @@ def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
 
 
 # -----------------------------------------------------------------------------
+# rewards of one's own: Python functions with TRL's signature
+
+def load_reward_function(name):
+    """'file.py:function' -> the function; None for anything else, which is a reward model then."""
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        return None
+    if not Path(path).is_file():
+        raise UsageError(f"--reward_fn {name}: the file {path} does not exist.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise UsageError(f"--reward_fn {name}: {path} has no function {function}; it has {', '.join(there) or 'none'}.")
+    return getattr(module, function)
+
+
+def call_reward_function(name, function, records, answers):
+    """
+    Scores of answers (texts) to the prompts of records, by function(prompts, completions, **columns) -> (B,) float32.
+
+    prompts, completions  lists of texts where the data's `prompt` column holds text, else lists of message lists
+    columns               a list for each column the data has beside them; `chosen` and `rejected` always
+    """
+    text = all(isinstance(record.columns.get("prompt"), str) for record in records)
+    prompts = [record.columns["prompt"] if text else record.prompt for record in records]
+    completions = answers if text else [[{"role": "assistant", "content": answer}] for answer in answers]
+    columns = {"chosen": [record.chosen for record in records], "rejected": [record.rejected for record in records]}
+    for column in sorted({column for record in records for column in record.columns} - {"prompt"}):
+        columns[column] = [record.columns.get(column) for record in records]
+    try:
+        inspect.signature(function).bind(prompts=prompts, completions=completions, **columns)
+    except TypeError as error:
+        raise UsageError(f"--reward_fn {name} must take (prompts, completions, **columns), and the data's columns are "
+                         f"{', '.join(columns)}: {error}.") from error
+    returned = function(prompts=prompts, completions=completions, **columns)
+    try:
+        scores = torch.tensor([float(score) for score in returned])
+    except (TypeError, ValueError):
+        scores = []
+    if len(scores) != len(answers):
+        raise UsageError(f"--reward_fn {name} must return a list of {len(answers)} numbers, one an answer; "
+                         f"{type(returned).__name__} {str(returned)[:100]} came.")
+    return scores
+
+
+# -----------------------------------------------------------------------------
 # the RLHF API: four models, and the two halves of a PPO step
 
 class DeepSpeedRLHFEngine:
     """
-    The four models of RLHF on DeepSpeed: `actor` and `critic` train, `ref` (the actor's start) and `reward` are only
-    read. `generator` samples from the actor's own weights. With --only_optimize_lora the reference is the actor with
-    its adapters off: no memory.
+    The models of RLHF on DeepSpeed. `actor` and `critic` train; `critic` is None unless the advantages are gae's.
+    `ref` (the actor's start) and `rewards` (by name: reward models or Python functions; one model unless --reward_fn
+    says otherwise) are only read. `generator` samples from the actor's own weights. With --only_optimize_lora the
+    reference is the actor with its adapters off: no memory.
 
     num_total_iters   rollouts of the whole run, for the learning-rate schedules
     args              a Config
     """
 
     def __init__(self, actor_model_name_or_path, critic_model_name_or_path, tokenizer, num_total_iters, args):
+        if args.advantage in ("rloo", "grpo") and args.num_generations < 2:
+            raise UsageError(f"--advantage {args.advantage} compares the answers to one prompt with each other, and "
+                             f"--num_generations is {args.num_generations}: 2 or more are needed, 4 are usual.")
         minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        if args.per_device_generation_batch_size % minibatch_rows:
-            raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} must be a "
-                             f"multiple of --per_device_train_batch_size {args.per_device_train_batch_size} x "
+        rollout_rows = args.per_device_generation_batch_size * args.num_generations
+        if rollout_rows % minibatch_rows:
+            raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} x "
+                             f"--num_generations {args.num_generations} must be a multiple of "
+                             f"--per_device_train_batch_size {args.per_device_train_batch_size} x "
                              f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: a rollout is used up "
                              "by whole optimizer steps.")
+        names = args.reward_fn or [critic_model_name_or_path]
+        if args.reward_weights and len(args.reward_weights) != len(names):
+            raise UsageError(f"--reward_weights has {len(args.reward_weights)} entries for {len(names)} rewards; one "
+                             "number a reward is needed.")
+        functions = {name: load_reward_function(name) for name in names}  # before anything slow
         settings = setup(args)
-        if load_tokenizer(critic_model_name_or_path).get_vocab() != tokenizer.get_vocab():
-            raise UsageError(f"{critic_model_name_or_path}: its tokenizer has another vocabulary than the actor's, so "
-                             "it cannot read the actor's answers. Train it from the same SFT model, or from one of the "
-                             "same family.")
-        updates = num_total_iters * args.ppo_epochs * (args.per_device_generation_batch_size // minibatch_rows)
+        updates = num_total_iters * args.ppo_epochs * (rollout_rows // minibatch_rows)
         self.tokenizer, self.args = tokenizer, args
 
         longest = args.max_prompt_seq_len + args.max_answer_seq_len
@@ -139,17 +242,32 @@ class DeepSpeedRLHFEngine:
         def load_actor():
             return load_model(actor_model_name_or_path, tokenizer, settings, longest)
 
-        def load_score():
-            return RewardModel(load_model(critic_model_name_or_path, tokenizer, settings, longest, head="score"))
+        def load_score(name, **options):
+            if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+                raise UsageError(f"{name}: its tokenizer has another vocabulary than the actor's, so it cannot read "
+                                 "the actor's answers. Train it from the same SFT model, or from one of the same "
+                                 "family.")
+            return RewardModel(load_model(name, tokenizer, settings, longest, head="score", **options))
 
         actor = LanguageModel(add_lora(load_actor(), args))
         adapters_only = args.lora_dim and args.only_optimize_lora  # then the actor without them is the reference
         self.ref = None if adapters_only else frozen_engine(LanguageModel(load_actor()), settings)
-        self.reward = frozen_engine(load_score(), settings)
-        critic = load_score()
-        critic.model = add_lora(critic.model, args)
+        self.rewards = {}
+        for name in names:
+            short = name.rpartition(":")[2] if functions[name] else Path(name).name  # what its scores are logged as
+            self.rewards[name if short in self.rewards else short] = (
+                functions[name] or frozen_engine(load_score(name), settings))
         self.actor = train_engine(actor, settings, args, args.actor_learning_rate, updates)
-        self.critic = train_engine(critic, settings, args, args.critic_learning_rate, updates)
+        self.critic = None
+        if args.advantage == "gae":
+            if args.reward_fn and not Path(critic_model_name_or_path).exists() \
+                    and critic_model_name_or_path == Config.critic_model_name_or_path:
+                print0(f"no {critic_model_name_or_path} here: the critic starts from {actor_model_name_or_path}, with "
+                       "a new head")
+                critic_model_name_or_path = actor_model_name_or_path
+            critic = load_score(critic_model_name_or_path, score_from_lm=bool(args.reward_fn))
+            critic.model = add_lora(critic.model, args)
+            self.critic = train_engine(critic, settings, args, args.critic_learning_rate, updates)
         self.ema = ExponentialMovingAverage(self.actor, decay=0.992) if args.enable_ema else None
         self.generator = InferenceEngine(self.actor.module.model, tensor_parallel_group(args.inference_tp_size))
         ends = self.actor.module.model.generation_config.eos_token_id
@@ -159,18 +277,18 @@ class DeepSpeedRLHFEngine:
 @dataclass
 class Experience:
     """
-    What one rollout taught, float32 unless noted; B responses, P prompt columns, R response columns. Nothing here
-    carries a gradient.
+    What one rollout taught, float32 unless noted; B responses (prompts x num_generations, those of a prompt together),
+    P prompt columns, R response columns. Nothing here carries a gradient.
     """
     tokens: torch.Tensor          # (B, P + R) int64: prompts left-padded, responses right-padded
     attention_mask: torch.Tensor  # (B, P + R) int64: 1 on what is real
     mask: torch.Tensor            # (B, R) 1 on response tokens up to and including EOS
     logprobs: torch.Tensor        # (B, R) nats, of the policy that sampled, by the training forward
     ref_logprobs: torch.Tensor    # (B, R) nats
-    values: torch.Tensor          # (B, R) the critic's V of the state before each token
-    scores: torch.Tensor          # (B,)   normalised by the reward model's mean and deviation, clipped
-    advantages: torch.Tensor      # (B, R) whitened over all ranks
-    returns: torch.Tensor         # (B, R) value targets, from the advantages before whitening
+    values: torch.Tensor | None   # (B, R) the critic's V of the state before each token
+    scores: torch.Tensor          # (B,)   the rewards' weighted sum
+    advantages: torch.Tensor      # (B, R) gae's and reinforce's are whitened over all ranks
+    returns: torch.Tensor | None  # (B, R) value targets, from the advantages before whitening
 
 
 class DeepSpeedPPOTrainer:
@@ -182,21 +300,64 @@ class DeepSpeedPPOTrainer:
     def __init__(self, engine, args):
         self.engine, self.args = engine, args
         self.kl_coef, self.iterations, self.metrics = args.kl_coef, 0, {}
-        config = engine.reward.model.config  # a DeepSpeed engine's own `config` is another thing
-        self.score_mean = getattr(config, "score_mean", 0.0)
-        self.score_std = max(getattr(config, "score_std", 1.0), 1e-6)
+
+    def respond(self, generator, prompt_batch, n, draw):
+        """
+        n sampled answers to each prompt -> Rollout, its attention_mask (B, P + R). The same `draw` (an int) gives the
+        same noise; training's count from 1.
+        """
+        args, engine, batch = self.args, self.engine, to_device(prompt_batch)
+        rollout = generator.generate(
+            batch["input_ids"], batch["attention_mask"], max_new_tokens=args.max_answer_seq_len,
+            temperature=args.temperature, top_p=args.top_p, eos_token_id=engine.eos_token_ids,
+            pad_token_id=engine.tokenizer.pad_token_id, num_return_sequences=n,
+            seed=args.seed + 1_000_003 * draw + dist.get_rank())  # ranks must not draw the same noise
+        return rollout, torch.cat([batch["attention_mask"].repeat_interleave(n, 0), rollout.mask.long()], dim=1)
+
+    def logprobs(self, tokens, attention_mask, mask):
+        """-> logprobs, ref_logprobs and entropy, each (B, R) float32, nats, by the training forward."""
+        engine, inputs = self.engine, (tokens, attention_mask, mask, self.args.temperature)
+        logprobs, entropy = engine.actor(*inputs)
+        if engine.ref is None:
+            with adapters_off(engine.actor):
+                return logprobs, engine.actor(*inputs)[0], entropy
+        return logprobs, engine.ref(*inputs)[0], entropy
+
+    def score(self, rollout, attention_mask, records):
+        """
+        -> {name: (B,) float32} of each reward, and their weighted sum (B,). A reward model's scores are normalised by
+        its own mean and deviation, then clipped; a function's are taken as they are.
+        """
+        args, engine, scores = self.args, self.engine, {}
+        for name, reward in engine.rewards.items():
+            if not isinstance(reward, torch.nn.Module):
+                if not records:
+                    raise UsageError(f"--reward_fn {name} scores text, and the batch has no `records` to take the "
+                                     "prompts from; data.Collator(3, ...) makes batches that have them.")
+                answers = decode_answers(engine.tokenizer, rollout)
+                scores[name] = call_reward_function(name, reward, records, answers).to(rollout.mask.device)
+            else:
+                config = reward.model.config  # a DeepSpeed engine's own `config` is another thing
+                mean, std = getattr(config, "score_mean", 0.0), max(getattr(config, "score_std", 1.0), 1e-6)
+                score = (last_token(reward(rollout.tokens, attention_mask), attention_mask) - mean) / std
+                scores[name] = score.clamp(-args.reward_clip, args.reward_clip)
+        bad = all_sum(*((~score.isfinite()).sum() for score in scores.values()))
+        for name, count in zip(scores, bad):
+            if count:  # on whatever rank: all of them end here
+                raise UsageError(f"the reward {name} gave {count:.0f} scores that are no finite numbers (NaN or "
+                                 "infinite); PPO cannot learn from them.")
+        weights = args.reward_weights or [1.0] * len(scores)
+        return scores, sum(weight * score for weight, score in zip(weights, scores.values()))
 
     @torch.no_grad()
     def generate_experience(self, prompt_batch):
-        """prompt_batch: input_ids and attention_mask (B, P) int64, left-padded -> Experience."""
-        args, engine = self.args, self.engine
+        """
+        prompt_batch: input_ids and attention_mask (B, P) int64, left-padded; records, a list of B Preference, where a
+        reward is a Python function -> Experience.
+        """
+        args, engine, n = self.args, self.engine, self.args.num_generations
         started, self.iterations = time.time(), self.iterations + 1
-        batch = to_device(prompt_batch)
-        rollout = engine.generator.generate(
-            batch["input_ids"], batch["attention_mask"], max_new_tokens=args.max_answer_seq_len,
-            temperature=args.temperature, top_p=args.top_p, eos_token_id=engine.eos_token_ids,
-            pad_token_id=engine.tokenizer.pad_token_id,
-            seed=args.seed + 1_000_003 * self.iterations + dist.get_rank())  # ranks must not draw the same noise
+        rollout, attention_mask = self.respond(engine.generator, prompt_batch, n, self.iterations)
         generated = time.time()
         memory = {name: size / 2**30 for name, size in engine.generator.memory.items()}  # this rank's
         if self.iterations == 1 and memory:
@@ -204,63 +365,68 @@ class DeepSpeedPPOTrainer:
             print0(f"first rollout, GB a process: {sizes}; peak so far {memory_gb():.2f}")
 
         tokens, mask, R = rollout.tokens, rollout.mask, rollout.mask.size(1)
-        attention_mask = torch.cat([batch["attention_mask"], mask.long()], dim=1)
-        logprobs, entropy = engine.actor(tokens, attention_mask, mask, args.temperature)
-        if engine.ref is None:
-            with adapters_off(engine.actor):
-                ref_logprobs, _ = engine.actor(tokens, attention_mask, mask, args.temperature)
-        else:
-            ref_logprobs, _ = engine.ref(tokens, attention_mask, mask, args.temperature)
-        # the state before a token ends one column earlier
-        values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
-        scores = (last_token(engine.reward(tokens, attention_mask), attention_mask) - self.score_mean) / self.score_std
-        scores = scores.clamp(-args.reward_clip, args.reward_clip)
+        logprobs, ref_logprobs, entropy = self.logprobs(tokens, attention_mask, mask)
+        records = [record for record in prompt_batch.get("records", []) for _ in range(n)]
+        each, scores = self.score(rollout, attention_mask, records)
         eos = torch.tensor(engine.eos_token_ids, device=tokens.device)
         ended = torch.isin(last_token(tokens, attention_mask), eos).float()
         penalised = scores - args.missing_eos_penalty * (1 - ended)
-        rewards = shape_rewards(penalised, logprobs, ref_logprobs, mask, self.kl_coef)
-        advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+        rewards, values, returns = shape_rewards(penalised, logprobs, ref_logprobs, mask, self.kl_coef), None, None
+        if args.advantage == "gae":
+            # the state before a token ends one column earlier
+            values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
+            advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+            advantages = whiten(advantages, mask)
+        elif args.advantage == "reinforce":
+            advantages = whiten(reinforce(rewards, mask, args.gamma), mask)
+        elif args.advantage == "rloo":
+            advantages = rloo(rewards, n) * mask
+        else:
+            advantages = grpo(penalised, n) * mask
 
         kl = (logprobs - ref_logprobs).sum()
         drift = ((logprobs - rollout.logprobs).abs() * mask).sum() if args.top_p == 1 else torch.zeros(())
-        kl, score, ended, entropy, drift, tokens_made, rows, read = all_sum(
-            kl, scores.sum(), ended.sum(), entropy.sum(), drift, mask.sum(), len(tokens), attention_mask.sum())
+        kl, score, ended, entropy, drift, tokens_made, rows, read, *each_sum = all_sum(
+            kl, scores.sum(), ended.sum(), entropy.sum(), drift, mask.sum(), len(tokens), attention_mask.sum(),
+            *(score.sum() for score in each.values()))
         self.rows, self.read = rows, read
         self.metrics = {
             "objective/kl": kl / rows, "objective/kl_coef": self.kl_coef, "objective/scores": score / rows,
+            **{f"objective/scores/{name}": total / rows for name, total in zip(each, each_sum)},
             "objective/rlhf_reward": (score - self.kl_coef * kl) / rows, "objective/entropy": entropy / tokens_made,
             "response/length": tokens_made / rows, "response/ended": ended / rows,
             "response/logprob_drift": drift / tokens_made,
             "time/generate": generated - started, "time/score": time.time() - generated,
             **{f"memory/{name.replace(' ', '_')}_gb": size for name, size in memory.items()}}
-        return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores,
-                          whiten(advantages, mask), returns)
+        return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores, advantages, returns)
 
     def train_rlhf(self, experience):
         """
         `ppo_epochs` passes in shuffled minibatches, each one optimizer step of actor and critic -> mean actor and
-        critic loss (nats, reward^2).
+        critic loss (nats, reward^2; 0 without a critic).
         """
         args, engine, x = self.args, self.engine, experience
         started, R = time.time(), x.mask.size(1)
         minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        # clipped, approximate KL, ratio, clipped values, squared error, tokens
+        # clipped, approximate KL, ratio, tokens, clipped values, squared error
         sums = torch.zeros(6, device=x.mask.device)
-        losses = []
+        losses, critic_part = [], 0.0
 
         def actor_sum(rows):
             logprobs, _ = engine.actor(x.tokens[rows], x.attention_mask[rows], x.mask[rows], args.temperature)
             loss, clipped, approxkl = ppo_actor_loss(logprobs, x.logprobs[rows], x.advantages[rows], x.mask[rows],
                                                      args.cliprange)
             ratio = ((logprobs.detach() - x.logprobs[rows]).exp() * x.mask[rows]).sum()
-            sums[:3] += torch.stack([clipped, approxkl, ratio])
+            sums[:4] += torch.stack([clipped, approxkl, ratio, x.mask[rows].sum()])
+            if args.advantage == "grpo":
+                loss = loss + self.kl_coef * kl_penalty(logprobs, x.ref_logprobs[rows], x.mask[rows])
             return loss
 
         def critic_sum(rows):
             values = engine.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
             loss, clipped = critic_loss(values, x.values[rows], x.returns[rows], x.mask[rows], args.cliprange_value)
             squared_error = ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum()
-            sums[3:] += torch.stack([clipped, squared_error, x.mask[rows].sum()])
+            sums[4:] += torch.stack([clipped, squared_error])
             return loss
 
         for _ in range(args.ppo_epochs):
@@ -269,42 +435,48 @@ class DeepSpeedPPOTrainer:
                 count, = all_sum(x.mask[minibatch].sum())
                 micro_batches = minibatch.split(args.per_device_train_batch_size)
                 actor_part, actor_norm = train_step(engine.actor, micro_batches, actor_sum, count)
-                critic_part, critic_norm = train_step(engine.critic, micro_batches, critic_sum, count)
+                if engine.critic:
+                    critic_part, critic_norm = train_step(engine.critic, micro_batches, critic_sum, count)
                 losses.append(all_sum(actor_part, critic_part))
                 if engine.ema:
                     engine.ema.update()
 
-        clipped, approxkl, ratio, clipped_values, squared_error, tokens = all_sum(*sums)
-        total, squares, count = all_sum((x.returns * x.mask).sum(), (x.returns.square() * x.mask).sum(), x.mask.sum())
-        variance = squares / count - (total / count) ** 2
+        clipped, approxkl, ratio, tokens, clipped_values, squared_error = all_sum(*sums)
         actor_mean, critic_mean = torch.tensor(losses).mean(0).tolist()
         if args.kl_target > 0:
             self.kl_coef = adapt_kl_coef(self.kl_coef, self.metrics["objective/kl"], args.kl_target, self.rows)
         seconds = time.time() - started
         self.metrics.update({
-            "ppo/loss/policy": actor_mean, "ppo/loss/value": critic_mean, "ppo/policy/clipfrac": clipped / tokens,
+            "ppo/loss/policy": actor_mean, "ppo/policy/clipfrac": clipped / tokens,
             "ppo/policy/approxkl": approxkl / tokens, "ppo/policy/ratio": ratio / tokens,
-            "ppo/val/clipfrac": clipped_values / tokens,
-            "ppo/val/var_explained": 1 - squared_error / tokens / max(variance, 1e-8),
-            "ppo/returns/mean": total / count, "ppo/policy/grad_norm": actor_norm, "ppo/val/grad_norm": critic_norm,
-            "lr": engine.actor.get_lr()[0], "time/train": seconds})
+            "ppo/policy/grad_norm": actor_norm, "lr": engine.actor.get_lr()[0], "time/train": seconds})
+        if engine.critic:
+            total, squares, count = all_sum(x.returns.sum(), x.returns.square().sum(), x.mask.sum())
+            variance = squares / count - (total / count) ** 2
+            self.metrics.update({
+                "ppo/loss/value": critic_mean, "ppo/val/clipfrac": clipped_values / tokens,
+                "ppo/val/var_explained": 1 - squared_error / tokens / max(variance, 1e-8),
+                "ppo/returns/mean": total / count, "ppo/val/grad_norm": critic_norm})
         seconds += self.metrics["time/generate"] + self.metrics["time/score"]
         self.metrics["tokens_per_second"] = self.read / seconds
         return actor_mean, critic_mean
 
 
+@torch.no_grad()
 def evaluate(trainer, dataloader, scorer):
     """
     Answers to the held-out prompts, sampled as in training -> ({score, kl (nats a response), gold or None} over all
     ranks, [(record, answer)] of this one).
     """
-    sums, answered = [0.0, 0.0, 0.0, 0.0], []
-    for batch in dataloader:
-        x = trainer.generate_experience(batch)
-        answers = list(zip(batch["records"], decode_answers(trainer.engine.tokenizer, x)))
+    engine, sums, answered = trainer.engine, [0.0, 0.0, 0.0, 0.0], []
+    for number, batch in enumerate(dataloader, 1):
+        rollout, attention_mask = trainer.respond(engine.generator, batch, 1, -number)
+        logprobs, ref_logprobs, _ = trainer.logprobs(rollout.tokens, attention_mask, rollout.mask)
+        _, scores = trainer.score(rollout, attention_mask, batch["records"])
+        answers = list(zip(batch["records"], decode_answers(engine.tokenizer, rollout)))
         gold = sum(scorer(record, answer) for record, answer in answers) if scorer else 0.0
-        kl = ((x.logprobs - x.ref_logprobs) * x.mask).sum()
-        sums = [a + float(b) for a, b in zip(sums, (x.scores.sum(), kl, gold, len(answers)))]
+        kl = (logprobs - ref_logprobs).sum()
+        sums = [a + float(b) for a, b in zip(sums, (scores.sum(), kl, gold, len(answers)))]
         answered += answers
     score, kl, gold, count = all_sum(*sums)
     return {"score": score / count, "kl": kl / count, "gold": gold / count if scorer else None}, answered
@@ -332,10 +504,11 @@ def main(config):
     engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer,
                                  total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
-    updates = rows // (config.per_device_train_batch_size * config.gradient_accumulation_steps)
-    print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M, critic {parameter_count(engine.critic) / 1e6:.1f}M "
-           f"parameters; {total_steps} steps of {rows * world} prompts, {config.ppo_epochs} epoch(s) of "
-           f"{updates} update(s)")
+    n, minibatch_rows = config.num_generations, config.per_device_train_batch_size * config.gradient_accumulation_steps
+    critic_size = f"critic {parameter_count(engine.critic) / 1e6:.1f}M" if engine.critic else "no critic"
+    print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M parameters, {critic_size}; {total_steps} steps of "
+           f"{rows * world} prompts x {n} answer(s), {config.ppo_epochs} epoch(s) of {rows * n // minibatch_rows} "
+           "update(s)")
 
     # -------------------------------------------------------------------------
     # training
@@ -355,7 +528,8 @@ def main(config):
     held, answered = evaluate(trainer, held_loader, gold_scorer(config))
     print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
     save_model(engine.actor, tokenizer, folder)
-    save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
+    if engine.critic:
+        save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
     if engine.ema:
         save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema", engine.ema.average)
     seconds = time.time() - began

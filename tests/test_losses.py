@@ -370,7 +370,7 @@ def ppo_losses(actor, critic, x, args):
 def make_trainer(actor, critic, settings, rows, parts, **flags):
     args = step3_ppo.Config(per_device_train_batch_size=rows, gradient_accumulation_steps=parts, temperature=0.7, **flags)
     engine = types.SimpleNamespace(actor=make_engine(LanguageModel, actor, settings, rows, parts), ema=None,
-                                   critic=make_engine(RewardModel, critic, settings, rows, parts), reward=RewardModel(critic))
+                                   critic=make_engine(RewardModel, critic, settings, rows, parts))
     trainer = DeepSpeedPPOTrainer(engine, args)
     trainer.metrics, trainer.read, trainer.rows = {"time/generate": 1.0, "time/score": 1.0, "objective/kl": 0.0}, 1, 4
     return trainer
