@@ -143,3 +143,32 @@ def run(script, *flags):
         sys.exit(done.stdout)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
+
+
+# -----------------------------------------------------------------------------
+# sadder stories
+
+NAMES = "Lily Tom Sara Max Anna Ben Mia Tim Lucy Sam".split()
+OPENINGS = [  # {n} is the hero
+    "Once upon a time, there was a little child named {n}.",
+    "One day, {n} went to the park to play.",
+    "{n} was in the kitchen with Mom.",
+    "Once upon a time, {n} found an old box under the bed.",
+    "{n} saw a red bird in the garden.",
+    "One morning, {n} woke up and looked out of the window.",
+    "{n} and a friend were walking in the forest.",
+    "Once upon a time, there was a big dog who lived with {n}.",
+    "It was a rainy day, and {n} stayed at home.",
+    "One day, {n} lost a toy at the beach.",
+    "{n} had a small blue boat.",
+    "At night, {n} heard a noise in the room.",
+    "{n} went to the shop with Dad.",
+    "Once upon a time, {n} wanted to climb a tall tree.",
+    "{n} made a cake for Grandma.",
+    "One day, a new child came to the school of {n}.",
+    "{n} had a cat that liked to sleep.",
+    "It was the birthday of {n}.",
+    "One day, {n} saw a big truck on the road.",
+    "{n} was drawing a picture of the sun.",
+]
+STORY_TEMPLATE = "{{ bos_token }}{{ messages[-1].content }}"  # the stories models are no chat models: bare text
