@@ -252,10 +252,14 @@ def reward_part(args, work, name):
 # -----------------------------------------------------------------------------
 # all parts
 
-HH_FLAGS = RASBT_FLAGS = TRUTHFULQA_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 3 "
-                                             "--per_device_train_batch_size 16").split()
+RASBT_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 4 "
+               "--per_device_train_batch_size 16").split()
+TRUTHFULQA_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 2 "
+                    "--per_device_train_batch_size 32").split()
+HH_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 1 "
+            "--per_device_train_batch_size 4 --gradient_accumulation_steps 4").split()
 PPO_FLAGS = ("--max_prompt_seq_len 64 --max_answer_seq_len 64 --per_device_generation_batch_size 32 "
-             "--per_device_train_batch_size 16 --ppo_epochs 2 --max_steps 40 --actor_learning_rate 5e-4 "
+             "--per_device_train_batch_size 16 --ppo_epochs 2 --max_steps 40 --actor_learning_rate 1.5e-4 "
              "--critic_learning_rate 1e-3 --num_warmup_steps 5 --kl_coef 0.05").split()
 
 
@@ -274,13 +278,13 @@ def train(script, folder, stage, *flags):
     return shlex.join(["python", script, *flags]), json.loads(summary.read_text())[stage]
 
 
-def write_results(part, lines):
+def write_results(part, text):
     """Puts a part's section into bench/results/real_text.md, in the place of an older one."""
     path = ROOT / "bench" / "results" / "real_text.md"
     path.parent.mkdir(exist_ok=True)
     old = path.read_text().split("\n## ")[1:] if path.exists() else []
     sections = {section.split("\n", 1)[0]: section.rstrip() for section in old}
-    sections[part] = "\n".join([part, "", *lines])
+    sections[part] = f"{part}\n\n{text}"
     path.write_text("\n\n## ".join(["# Real text, by bench/real_text.py", *sections.values()]) + "\n")
 
 
@@ -302,8 +306,11 @@ def main():
         work.mkdir(parents=True, exist_ok=True)
         for part in args.only:
             lines = sadder_part(args, work) if part == "sadder" else reward_part(args, work, part)
-            print("", part, *lines, sep="\n", flush=True)
-            write_results(part, [*lines, "", where])
+            text = "\n".join([*lines, "", where])
+            for path, name in ((work, "WORK"), (args.data, "DATA"), (args.models, "MODELS"), (f"{ROOT}/", "")):
+                text = text.replace(str(path), name)
+            print(f"\n{part}\n\n{text}", flush=True)
+            write_results(part, text)
 
 
 PARTS = ["rasbt", "truthfulqa", "hh", "sadder"]
