@@ -131,7 +131,7 @@ def make_model(folder, records, vocabulary=4000, width=128, layers=2, positions=
                                                      eos_token="</s>", pad_token="<pad>")
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
         num_attention_heads=width // 32, max_position_embeddings=positions, tie_word_embeddings=True, bos_token_id=1,
         eos_token_id=2, pad_token_id=3))
     model.save_pretrained(folder)
