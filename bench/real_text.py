@@ -254,7 +254,7 @@ def reward_part(args, work, name):
 
 RASBT_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 4 "
                "--per_device_train_batch_size 16").split()
-TRUTHFULQA_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 2 "
+TRUTHFULQA_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 1 "
                     "--per_device_train_batch_size 32").split()
 HH_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 1 "
             "--per_device_train_batch_size 4 --gradient_accumulation_steps 4").split()
