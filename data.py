@@ -57,11 +57,11 @@ def first_line(error):
 
 @contextmanager
 def one_sentence():
-    """Inside, a UsageError ends the program: its sentence on rank 0's standard error, exit code 2, no traceback."""
+    """Inside, a UsageError ends the program: its sentence once a host on standard error, exit code 2, no traceback."""
     try:
         yield
     except UsageError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # what is wrong may be wrong on one host alone
             print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -246,6 +246,15 @@ def to_records(rows, source):
 # -----------------------------------------------------------------------------
 # sources -> rows
 
+def read_text(path):
+    try:
+        opener = gzip.open if path.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: Windows writes a mark in front
+            return file.read()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+
+
 def read_file(path):
     """A local file -> list of rows. JSON errors name the line."""
     suffix = Path(path.removesuffix(".gz")).suffix
@@ -257,12 +266,7 @@ def read_file(path):
             raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
     if suffix not in (".json", ".jsonl", ".csv"):
         raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
-    try:
-        opener = gzip.open if path.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: Windows writes a mark in front
-            text = file.read()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+    text = read_text(path)
     if suffix == ".csv":
         csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a long dialogue
         rows = list(csv.DictReader(io.StringIO(text)))
@@ -493,7 +497,7 @@ class EncodedDataset(Dataset):
     Records encoded once, 4 bytes a token. Items are dicts, their ids int32 arrays:
 
     stage 1  input_ids, prompt_len    prompt + chosen + EOS
-    stage 2  chosen, rejected         prompt + answer + EOS each
+    stage 2  chosen, rejected         prompt + answer + EOS each; prompt_len
     stage 3  input_ids, record        the prompt alone
 
     Answers that do not fit max_len are cut (and lose their EOS: what was cut does not end there); prompts that leave no
@@ -517,7 +521,8 @@ class EncodedDataset(Dataset):
                 continue
             rejected = encode_answers(tokenizer, prompts, [record.rejected for record in chunk])
             for (prompt, better), (_, worse) in zip(chosen, rejected):
-                self._add(len(prompt) < max_len, {"chosen": prompt + better, "rejected": prompt + worse}, max_len)
+                self._add(len(prompt) < max_len, {"chosen": prompt + better, "rejected": prompt + worse}, max_len,
+                          prompt_len=len(prompt))
         limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
         log(f"data: {len(self.items)} examples encoded; {self.dropped} dropped (prompt over {limit} {max_len}), "
             f"{self.cut} with answers cut to fit")
@@ -536,6 +541,31 @@ class EncodedDataset(Dataset):
 
     def __getitem__(self, index):
         return self.items[index]
+
+
+def encode_text(sources, tokenizer, length, log=print):
+    """
+    Plain text for PPO's mixture term -> list of items of stage 1, `length` tokens each, all of them trained: documents
+    end to end with EOS between them, cut into chunks. A document is a .txt file (.gz too), or a row of another source:
+    its column `text` if it has one, else the dialogue with its better answer.
+    """
+    ids = []
+    for source in sources:
+        plain = source.removesuffix(".gz").endswith(".txt")
+        rows = [{"text": read_text(source)}] if plain else read_source(source)[0]
+        if rows and "text" in rows[0]:
+            for document in tokenizer([row["text"] for row in rows], add_special_tokens=False).input_ids:
+                ids += document + [tokenizer.eos_token_id]
+        elif rows:
+            records = [record for record in to_records(rows, source)[0] if record.chosen]
+            for prompt, answer in encode_answers(tokenizer, [r.prompt for r in records], [r.chosen for r in records]):
+                ids += prompt + answer
+    chunks = np.array(ids[:len(ids) // length * length], np.int32).reshape(-1, length)
+    log(f"data: {', '.join(sources)}: {len(ids)} tokens of text in {len(chunks)} chunks of {length}")
+    if len(chunks) == 0:
+        raise UsageError(f"{', '.join(sources)}: {len(ids)} tokens of text do not fill one chunk of --max_seq_len "
+                         f"{length}; give more text, or lower it.")
+    return [{"input_ids": chunk, "prompt_len": 0} for chunk in chunks]
 
 
 # -----------------------------------------------------------------------------
@@ -559,6 +589,7 @@ class Collator:
     stage 1  input_ids, attention_mask   (B, T) int64, right-padded
              loss_mask                   (B, T) float32, 1 on trained tokens
     stage 2  input_ids, attention_mask   (2B, T) int64, right-padded: B chosen, then their B rejected
+             loss_mask                   (2B, T) float32, 1 on the answers' tokens
     stage 3  input_ids, attention_mask   (B, P) int64, left-padded: the answers start in the same column
              records                     a list of B
     """
@@ -573,8 +604,8 @@ class Collator:
             sequences = [item["input_ids"] for item in items]
         ids, mask = pad(sequences, self.pad_token_id, "left" if self.stage == 3 else "right")
         batch = {"input_ids": ids, "attention_mask": mask}
-        if self.stage == 1:
-            starts = torch.tensor([0 if self.train_on_prompt else item["prompt_len"] for item in items])
+        if self.stage < 3:
+            starts = torch.tensor([0 if self.train_on_prompt else item["prompt_len"] for item in items] * self.stage)
             batch["loss_mask"] = (mask * (torch.arange(ids.size(1)) >= starts[:, None])).float()
         if self.stage == 3:
             batch["records"] = [item["record"] for item in items]
@@ -621,17 +652,18 @@ def count_steps(dataloader, epochs, max_steps=-1):
     return max_steps if max_steps > 0 else len(dataloader) * epochs
 
 
-def training_steps(dataloader, total_steps):
-    """Yields (step from 1, batch) total_steps times, with an order of its own for every epoch."""
-    epochs = itertools.count()
-    batches = iter(())
-    for step in range(1, total_steps + 1):
-        batch = next(batches, None)
-        if batch is None:
-            dataloader.sampler.set_epoch(next(epochs))
-            batches = iter(dataloader)
-            batch = next(batches)
-        yield step, batch
+def training_steps(dataloader, total_steps, done=0):
+    """
+    Yields (step, batch) for the steps after `done` up to total_steps, with an order of its own for every epoch. The
+    order depends on seed and epoch alone, so a resumed run goes on with the batch it would have had.
+    """
+    step = done
+    while step < total_steps:
+        epoch, skipped = divmod(step, len(dataloader))
+        dataloader.sampler.set_epoch(epoch)
+        for rows in itertools.islice(dataloader.batch_sampler, skipped, skipped + total_steps - step):
+            step += 1
+            yield step, dataloader.collate_fn([dataloader.dataset[row] for row in rows])
 
 
 def decode_answers(tokenizer, rollout):

@@ -17,24 +17,31 @@ Memory, bytes per parameter of a trained model, before activations (N ranks):
 Everything here speaks token ids; text is data.py's.
 """
 
+import argparse
+import atexit
 import dataclasses
 import inspect
+import itertools
 import json
 import logging
 import math
 import os
 import random
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
 import warnings
-from contextlib import contextmanager
+import zlib
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
 import numpy as np
+import psutil
 import safetensors
 import torch
 import torch.distributed as dist
@@ -42,6 +49,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint import ds_to_universal
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
 from data import UsageError, first_line, flag, one_sentence, parse_config
@@ -69,6 +78,9 @@ class EngineConfig:
     num_train_epochs: int = flag(1, "passes over this stage's rows")
     max_steps: int = flag(-1, "steps of the run, the rows repeated as needed; -1: as many as the epochs have")
     logging_steps: int = flag(10, "steps between printed lines")
+    save_steps: int = flag(0, "steps between checkpoints, from which --resume goes on; 0: none")
+    save_total_limit: int = flag(2, "checkpoints kept, the newest")
+    resume: bool = flag(False, "go on from the newest complete checkpoint; a finished stage is left as it is")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     lora_dim: int = flag(0, "rank of LoRA adapters; 0 trains the weights themselves")
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / dim; 0: alpha = 2 dim")
@@ -81,6 +93,8 @@ def run_stage(main, config_class, doc):
     try:
         with one_sentence():
             main(parse_config(config_class, doc))
+            if dist.is_initialized():
+                dist.barrier()  # all end together: `watch_hosts` takes one that is gone for lost
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -105,7 +119,14 @@ def setup(config):
             os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         # on a CPU gloo does; DeepSpeed's own all-reduce would be compiled at the first start, for most of a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # ninja, for what DeepSpeed compiles (offload): ssh starts this Python without its environment's folder in PATH
+        os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+        # gloo would listen where the host's name leads, which many an /etc/hosts says is 127.0.0.1
+        interfaces = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
+        if host_address() in interfaces:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces[host_address()])
         deepspeed.init_distributed(verbose=False)
+        watch_hosts()
     world = dist.get_world_size()
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
@@ -121,9 +142,71 @@ def setup(config):
     return settings
 
 
+BEAT_SECONDS, SILENT_BEATS = 5, 15  # a rank not heard for 75 s is lost
+
+
+def watch_hosts():
+    """
+    Ends this process, with a sentence that names the host, when a rank on another one is not heard any more. A host
+    that loses its power or its link closes no connection, so the others would wait in their next collective for its
+    timeout: 30 minutes, which a long save or evaluation needs. On one host nothing is watched: there the launcher ends
+    the others.
+
+    Two daemon threads. `talk` tells rank 0's store that this rank is alive and asks for the others; a dead link may
+    block it for as long as it likes, so `judge` counts. It counts beats and not seconds: while this process is stopped
+    or starved itself, nobody else is silent. The main thread may compute, load or wait for as long as it releases the
+    GIL.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)  # its own socket
+    keys = [f"heartbeat/{r}" for r in range(world)]
+    store.set(keys[rank], f"0 {socket.gethostname()} ({host_address()})")
+    heard, ended = store.multi_get(keys), threading.Event()  # waits until all keys are there
+    hosts = [value.decode().split(" ", 1)[1] for value in heard]
+    if len(set(hosts)) == 1:
+        return
+
+    def talk():
+        try:
+            for beat in itertools.count(1):
+                store.set(keys[rank], f"{beat} {hosts[rank]}")
+                heard[:] = store.multi_get(keys)
+                if ended.wait(BEAT_SECONDS):
+                    return
+        except dist.DistError:  # rank 0 is gone; `judge` gives it the time to be gone because all is done
+            return
+
+    def judge():
+        before, silent = list(heard), [0] * world
+        while not ended.wait(BEAT_SECONDS):
+            now = list(heard)
+            silent = [count + 1 if old == new else 0 for old, new, count in zip(before, now, silent)]
+            before, lost = now, [r for r in range(world) if silent[r] >= SILENT_BEATS]
+            if lost:
+                lost = [0] if 0 in lost else lost  # without rank 0's store nobody is heard
+                names = " and ".join(sorted({hosts[r] for r in lost}))
+                print(f"\n{Path(sys.argv[0]).name}: error: nothing heard for {BEAT_SECONDS * SILENT_BEATS} s from rank "
+                      f"{', '.join(map(str, lost))} on host {names}: host, network or process is gone. This is rank "
+                      f"{rank} on {hosts[rank]}; it ends now.", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread waits in a collective that no exception reaches
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (talk, judge)]
+    for thread in threads:
+        thread.start()
+    atexit.register(lambda: (ended.set(), threads[0].join(BEAT_SECONDS)))  # not inside the store when Python goes down
+
+
+def host_address():
+    """The address of this host on the network that leads to rank 0's."""
+    family, kind, *_, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # of a datagram socket: chooses the route, sends nothing
+        return probe.getsockname()[0]
+
+
 AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_generation_batch_size",
-              "num_train_epochs", "ppo_epochs", "num_generations", "logging_steps", "max_eval_samples", "max_seq_len",
-              "max_prompt_seq_len", "max_answer_seq_len")
+              "num_train_epochs", "ppo_epochs", "num_generations", "logging_steps", "save_total_limit",
+              "max_eval_samples", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")
 
 
 def check_flags(config):
@@ -135,6 +218,8 @@ def check_flags(config):
     for name, value in flags.items():
         if name.endswith("learning_rate") and not value >= 0:
             raise UsageError(f"--{name} {value}: 0 or more is needed.")
+    if config.save_steps < 0:
+        raise UsageError(f"--save_steps {config.save_steps}: 0 (no checkpoints) or more is needed.")
     if not flags.get("temperature", 1) > 0:
         raise UsageError(f"--temperature {config.temperature}: rollouts are sampled, so it must be over 0 (PPO learns "
                          "nothing from greedy answers).")
@@ -210,14 +295,15 @@ class MetricsLog:
     """
     Rank 0: one JSON object a step in `folder/metrics.jsonl`, every `every` steps a fixed-width line with speed and time
     left, and DeepSpeed's monitor (TensorBoard, W&B, CSV: sections of the DeepSpeed JSON) where it is switched on.
+    A resumed run, with `done` steps behind it, appends.
     """
 
-    def __init__(self, folder, total_steps, every, columns, monitor=None):
+    def __init__(self, folder, total_steps, every, columns, monitor=None, done=0):
         self.total_steps, self.every, self.columns, self.monitor = total_steps, every, columns, monitor
-        self.began, self.rank0 = time.time(), dist.get_rank() == 0
+        self.done, self.began, self.rank0 = done, time.time(), dist.get_rank() == 0
         if self.rank0:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            self.file = open(Path(folder) / "metrics.jsonl", "w", buffering=1)
+            self.file = open(Path(folder) / "metrics.jsonl", "a" if done else "w", buffering=1)
 
     def __call__(self, step, metrics):
         """step counts from 1; metrics are floats (means over what they were measured on, all ranks)."""
@@ -227,12 +313,12 @@ class MetricsLog:
         self.file.write(json.dumps(metrics) + "\n")
         if self.monitor is not None and self.monitor.enabled:
             self.monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
-        if step % self.every == 0 or step in (1, self.total_steps):
-            elapsed = time.time() - self.began
+        if step % self.every == 0 or step in (self.done + 1, self.total_steps):
+            pace = (time.time() - self.began) / (step - self.done)  # seconds a step
             line = "  ".join(f"{label} {metrics[name]:>{width}}"
                              for label, name, width in self.columns if name in metrics)
-            print(f"step {step:>5}/{self.total_steps}  {line}  {step / elapsed:5.2f} steps/s  "
-                  f"{elapsed / step * (self.total_steps - step):4.0f} s left", flush=True)
+            print(f"step {step:>5}/{self.total_steps}  {line}  {1 / pace:5.2f} steps/s  "
+                  f"{pace * (self.total_steps - step):4.0f} s left", flush=True)
 
 
 def memory_gb():
@@ -252,21 +338,25 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-def write_summary(config, section, values, model):
-    """Puts a stage's headline numbers into output_dir/summary.json beside those of the stages before it."""
+STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # section of summary.json -> folder
+
+
+def write_summary(config, section, values, model, **others):
+    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside those of the stages before it."""
     if dist.get_rank() != 0:
         return {}
     path = Path(config.output_dir) / "summary.json"
     summary = json.loads(path.read_text()) if path.exists() and section != "sft" else {}  # a new run begins with SFT
     summary[section] = {name: round(value, 4) for name, value in values.items() if value is not None}
-    summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "ppo") if s in summary), 1)
+    summary["seconds"] = round(sum(summary[s]["seconds"] for s in ("sft", "reward", "dpo", "ppo") if s in summary), 1)
     hardware = Path(config.deepspeed_config or ("1gpu" if torch.cuda.is_available() else "cpu")).stem
     versions = {module.__name__: module.__version__ for module in (torch, deepspeed, transformers)}
-    summary.update(model=summary.get("model", model), hardware=hardware, seed=config.seed,
+    summary.update(**others, model=summary.get("model", model), hardware=hardware, seed=config.seed,
                    versions={"python": sys.version.split()[0], **versions})
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
-    write_json(Path(config.output_dir) / {"ppo": "actor"}.get(section, section) / "run_config.json", summary["config"][section])
     write_json(path, summary)
+    os.sync()  # the model is on the disk before the file by which --resume knows that it is done
+    write_json(Path(config.output_dir) / STAGES[section] / "run_config.json", resolved_config(config, section))
     return summary
 
 
@@ -655,6 +745,279 @@ def tensor_parallel_group(size):
 
 def to_device(batch):
     return {name: value.to(device()) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+# -----------------------------------------------------------------------------
+# checkpoints: --save_steps, --save_total_limit, --resume
+
+ANY_VALUE = {  # flags that may change when a run is resumed, or that count through what resolved_config derives
+    "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "per_device_generation_batch_size", "inference_tp_size", "logging_steps", "save_steps", "save_total_limit",
+    "resume"}
+
+
+def resolved_config(config, section):
+    """The flags, and what beside them decides the outcome: ZeRO stage, dtype, rows a step, the files that are read."""
+    flags, settings, world = dataclasses.asdict(config), deepspeed_settings(config), dist.get_world_size()
+    named = [(name, value) for name in flags.keys() - ANY_VALUE for value in
+             (flags[name] if isinstance(flags[name], list) else [flags[name]]) if isinstance(value, str)]
+    for name, path in sorted((name, value.split(":")[0]) for name, value in named):  # --reward_fn file.py:function
+        if os.path.exists(path):
+            flags[f"{name} {path}, checksum"] = checksum(path)
+    flags["stage"] = section
+    flags["zero_stage (or the JSON's)"] = settings["zero_optimization"]["stage"]
+    flags["deepspeed_config's dtype"] = str(compute_dtype(settings))
+    flags["deepspeed_config's gradient_clipping"] = settings.get("gradient_clipping")
+    flags["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * world)
+    flags["per_device_generation_batch_size x processes"] = flags.get("per_device_generation_batch_size", 0) * world
+    return flags
+
+
+def checksum(path):
+    """Of a data file or the files in a folder: names, sizes, first and last megabyte."""
+    crc = 0
+    for file in sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]:
+        if file.is_file() and file.name not in ("metrics.jsonl", "run_config.json"):
+            with open(file, "rb") as opened:
+                crc = zlib.crc32(f"{file.name} {file.stat().st_size} ".encode() + opened.read(2**20), crc)
+                opened.seek(max(file.stat().st_size - 2**20, 0))
+                crc = zlib.crc32(opened.read(), crc)
+    return crc
+
+
+def changed_flag(then, now):
+    """The first flag that counts and differs between two resolved configs, as part of a sentence; None: all agree."""
+    return next((f"--{name} {then[name]}, and now it is {now[name]}" for name in now
+                 if name not in ANY_VALUE and then.get(name, now[name]) != now[name]), None)
+
+
+def on_rank0(function):
+    """function() of rank 0, on every rank; a UsageError there is raised on every rank."""
+    result = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [function()]
+        except UsageError as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], UsageError):
+        raise result[0]
+    return result[0]
+
+
+class DurableWriter(TorchCheckpointEngine):
+    """
+    Writes DeepSpeed's files so that they are on the disk when `save` returns; `files` has their sizes. An error is kept
+    and not raised: the other ranks are waiting in a collective.
+    """
+
+    def __init__(self, folder):
+        self.folder, self.files, self.error = folder, {}, None
+
+    def save(self, state_dict, path):
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+            sync(path)
+            self.files[str(Path(path).relative_to(self.folder))] = os.path.getsize(path)
+        except (OSError, RuntimeError) as error:  # torch hides a full disk's OSError behind a RuntimeError of its own
+            self.error = self.error or first_line(error.__context__ or error)
+            Path(path).unlink(missing_ok=True)  # room for DeepSpeed's small files, which nothing guards
+
+
+class Checkpoints:
+    """
+    A stage's checkpoints, `folder`/checkpoint-<step>: DeepSpeed's files of each engine, the trainer's state, every
+    rank's random numbers, metrics.jsonl so far, and manifest.json, written last, with the size of every file. A folder
+    gets its name when all of it is on the disk. All ranks must see the same --output_dir.
+
+    finished   --resume, and the stage was already run to its end with these flags
+    done       steps of the run that this one goes on from, and
+    seconds    what they took; 0 without a checkpoint
+    """
+
+    def __init__(self, config, section):
+        """Looks for what --resume goes on from; raises UsageError where other flags made it."""
+        self.config, self.section, self.folder = config, section, Path(config.output_dir) / STAGES[section]
+        self.began, self.terminated, self.runner = time.time(), False, None
+        self.finished, self.manifest = on_rank0(self._find)
+        self.done, self.seconds = (self.manifest["step"], self.manifest["seconds"]) if self.manifest else (0, 0.0)
+
+    def _find(self):
+        """Rank 0 -> (finished, manifest of the newest complete checkpoint or None)."""
+        now, resume = resolved_config(self.config, self.section), self.config.resume
+        record, summary = self.folder / "run_config.json", self.folder.parent / "summary.json"
+        if resume and record.exists() and summary.exists() and self.section in json.loads(summary.read_text()):
+            changed = changed_flag(json.loads(record.read_text()), now)
+            print0(f"{self.folder}: done " + (f"with --{changed}" if changed else "already, --resume leaves it"))
+            if not changed:
+                return True, None
+        for path in self._all().values():
+            manifest, lack = self._read(path)
+            if not resume:
+                print0(f"{path} is an earlier run's: --resume would go on from it, this run's first replaces it")
+                return False, None
+            elif lack:
+                print0(f"warning: {path} is skipped, it is not complete: {lack}")
+            elif changed := changed_flag(manifest["config"], now):
+                raise UsageError(f"{path} was made with {changed}: go on with the old value, or remove {self.folder}/"
+                                 "checkpoint-* to start from the beginning.")
+            else:
+                return False, manifest
+        if resume:
+            print0(f"--resume: no complete checkpoint in {self.folder}, so the run starts from the beginning")
+        return False, None
+
+    def _all(self):
+        """step -> folder of all that is named as a checkpoint, newest first."""
+        steps = [path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")]
+        steps = sorted((int(step) for step in steps if step.isdigit()), reverse=True)
+        return {step: self.folder / f"checkpoint-{step}" for step in steps}
+
+    def _read(self, path):
+        """A checkpoint's folder -> (manifest, None) or (None, what it lacks)."""
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+        except (OSError, ValueError):
+            return None, "no manifest.json"
+        found = {name: (path / name).stat().st_size if (path / name).exists() else 0 for name in manifest["files"]}
+        lacks = [f"{name} has {found[name]} of {size} bytes" for name, size in manifest["files"].items()
+                 if found[name] != size]
+        return (None, lacks[0]) if lacks else (manifest, None)
+
+    def load(self, engines, total_steps, trainer=None):
+        """
+        Puts what --resume found into the engines (name -> DeepSpeed's, or None), the trainer (load_state_dict) and the
+        random number generators. From here to the last step, with --save_steps, SIGTERM ends the run with exit code
+        143, after the step in hand and its checkpoint.
+        """
+        self.engines = {name: engine for name, engine in engines.items() if engine}
+        self.total_steps, self.trainer = total_steps, trainer
+        if dist.get_rank() == 0:
+            for left in self.folder.glob("checkpoint-*.tmp"):
+                shutil.rmtree(left)
+            (self.folder / "run_config.json").unlink(missing_ok=True)  # the stage is not finished
+        if self.config.save_steps and self.done < total_steps:
+            self.default = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+            launcher = psutil.Process().parent()
+            if launcher and "deepspeed.launcher.launch" in launcher.cmdline():
+                self.runner = launcher.ppid()
+        dist.barrier()
+        if self.manifest:
+            self._restore(self.folder / f"checkpoint-{self.done}")
+
+    def _restore(self, path):
+        ranks, world = self.manifest["processes"], dist.get_world_size()
+        resharded = ranks != world and any("optim_states" in name for name in self.manifest["files"])
+        source = path.with_suffix(".tmp") if resharded else path
+        for name, engine in self.engines.items():
+            decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
+            if resharded:
+                on_rank0(lambda: to_universal(path / name, source / name))
+                engine._config.load_universal_checkpoint = True
+            assert engine.load_checkpoint(str(source), tag=name)[0], f"{path / name} was not loaded"
+            engine._config.load_universal_checkpoint = False
+            for group, decay in zip(engine.optimizer.param_groups, decays):
+                group["weight_decay"] = decay  # DeepSpeed's universal loader gives every group the first one's
+        if self.trainer:
+            self.trainer.load_state_dict(torch.load(path / "trainer.pt", weights_only=False))
+        if ranks == world:
+            states = torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=False)
+            for (_, restore), state in zip(random_generators(), states):
+                restore(state)
+        else:
+            seed_everything(self.config.seed + self.done)
+            print0(f"{path} is of {ranks} processes, now {world}: random numbers start anew from --seed and the step")
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.copy(path / "metrics.jsonl", self.folder)
+            shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
+        print0(f"resumed from {path}: {self.done} of {self.total_steps} steps are done")
+
+    def save(self, step):
+        """After each step: a checkpoint if one is due, or if any rank was told to stop."""
+        if not self.config.save_steps:
+            return
+        # `deepspeed` dies of a SIGTERM and hands nothing on; then its child, the parent of the ranks, has a new parent
+        orphaned = self.runner is not None and psutil.Process(os.getppid()).ppid() != self.runner
+        stop, = all_sum(self.terminated or orphaned)
+        if step % self.config.save_steps == 0 or stop:
+            self._write(step)
+        if stop:
+            print0(f"SIGTERM: {self.folder}/checkpoint-{step} is saved, --resume goes on from it")
+            sys.exit(128 + signal.SIGTERM)
+        if step == self.total_steps:
+            signal.signal(signal.SIGTERM, self.default)
+
+    def _write(self, step):
+        temporary, rank = self.folder / f"checkpoint-{step}.tmp", dist.get_rank()
+        writer, written = DurableWriter(temporary), [None] * dist.get_world_size()
+        if rank == 0:
+            temporary.mkdir()
+        dist.barrier()
+        for name, engine in self.engines.items():
+            engine.checkpoint_engine = writer
+            engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
+        writer.save([state() for state, _ in random_generators()], temporary / f"random-{rank}.pt")
+        if self.trainer and rank == 0:
+            writer.save(self.trainer.state_dict(), temporary / "trainer.pt")
+        dist.all_gather_object(written, (writer.error, writer.files))
+        on_rank0(lambda: self._complete(step, temporary, written))
+
+    def _complete(self, step, temporary, written):
+        """Rank 0, when all ranks have written: manifest and name of the new checkpoint; then older ones go."""
+        final, errors = self.folder / f"checkpoint-{step}", [error for error, _ in written if error]
+        files = {name: size for _, part in written for name, size in part.items()}
+        try:
+            if errors:
+                raise OSError(errors[0])
+            shutil.copy(self.folder / "metrics.jsonl", temporary)
+            files["metrics.jsonl"] = (temporary / "metrics.jsonl").stat().st_size
+            write_json(temporary / "manifest.json", {
+                "step": step, "processes": dist.get_world_size(), "seconds": self.seconds + time.time() - self.began,
+                "files": files, "config": resolved_config(self.config, self.section)})
+            for name in [*files, "manifest.json", ""]:
+                sync(temporary / name)  # fails for a file that another host wrote to a folder of its own
+            shutil.rmtree(final, ignore_errors=True)  # an incomplete or an earlier run's
+            temporary.rename(final)
+            sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            older = next((path for path in self._all().values() if not self._read(path)[1]), None)
+            raise UsageError(f"{final} could not be written: {first_line(error)}. It needs room, and all hosts must "
+                             "see it. " + (f"{older} is as it was, and --resume goes on from it." if older else
+                                           "There is no older one.")) from error
+        newer = [path for other, path in self._all().items() if other > step]  # of a run before this one
+        kept = [path for path in self._all().values() if path not in newer][:self.config.save_total_limit]
+        for path in set(self._all().values()) - set(kept):
+            shutil.rmtree(path.rename(path.with_suffix(".tmp")))  # never half of one under its name
+
+
+def to_universal(folder, target):
+    """DeepSpeed's files of some number of ranks -> its universal checkpoint, which any number of ranks can load."""
+    arguments = argparse.Namespace(input_folder=str(folder), output_folder=str(target), num_extract_workers=1,
+                                   num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
+    try:
+        with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
+            ds_to_universal.main(arguments)
+    except (AssertionError, KeyError, RuntimeError, OSError) as error:
+        raise UsageError(f"{folder}: DeepSpeed cannot bring it to another number of processes ({first_line(error)}); "
+                         "go on with as many as before.") from error
+
+
+def random_generators():
+    """(function that returns the state, function that sets it) of each random number generator of this rank."""
+    accelerator = get_accelerator()
+    return ((random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
+            (torch.get_rng_state, torch.set_rng_state), (accelerator.get_rng_state, accelerator.set_rng_state))
+
+
+def sync(path):
+    """A file's bytes, or a folder's entries, are on the disk when this returns."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 # -----------------------------------------------------------------------------

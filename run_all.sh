@@ -5,12 +5,14 @@
 #
 #   MODEL      tiny (a 1M-parameter OPT, trained from nothing on the built-in task) | opt-125m | opt-350m | opt-1.3b | opt-2.7b |
 #              opt-6.7b | opt-13b | opt-30b | opt-66b | llama-2-7b | llama-2-13b | llama-2-70b | a model folder | a hub name
-#   HARDWARE   cpu | 1gpu | 1node (all GPUs of this host) | multinode (the hosts of $HOSTFILE, default /job/hostfile)
+#   HARDWARE   cpu | 1gpu | 1node (all GPUs of this host) | multinode (the hosts of $HOSTFILE, default /job/hostfile; start
+#              it on the first of them; $LAUNCHER_ARGS goes to DeepSpeed's launcher: --master_port 29600, --launcher openmpi)
 #
 #   bash run_all.sh tiny cpu                                   # minutes on a laptop
 #   bash run_all.sh opt-1.3b 1gpu
 #   bash run_all.sh opt-13b 1node --data_path Dahoas/rm-static my_pairs.jsonl --output_dir runs/13b
 #   STEP3_ARGS="--kl_coef 0.1 --ppo_epochs 2" bash run_all.sh tiny cpu        # flags for one stage
+#   bash run_all.sh opt-1.3b 1gpu --save_steps 200 --resume                    # the same line again goes on where it was
 #   bash run_all.sh setup                                      # only make the environment (.venv)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -28,8 +30,12 @@ case $hardware in
   cpu)       launch="deepspeed --num_accelerators 1" ;;
   1gpu)      launch="deepspeed --num_gpus 1" ;;
   1node)     launch="deepspeed" ;;
-  multinode) launch="deepspeed --hostfile ${HOSTFILE:-/job/hostfile}"
-             [ -e "${HOSTFILE:-/job/hostfile}" ] || stop "multinode needs a hostfile with lines like 'host1 slots=8'; name it in HOSTFILE" ;;
+  multinode) hostfile=${HOSTFILE:-/job/hostfile}
+             [ -e "$hostfile" ] || stop "multinode needs a hostfile with lines like 'host1 slots=8'; name it in HOSTFILE"
+             hosts=$(awk 'NF && !/^#/ {print $1}' "$hostfile")
+             launch="deepspeed --hostfile $hostfile ${LAUNCHER_ARGS:-}"
+             # without these, ssh, and with it the launcher, waits for ever for a host that was cut off
+             export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=15 -o ServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}" ;;
   *) stop "HARDWARE '$hardware' is unknown; accepted: cpu, 1gpu, 1node, multinode" ;;
 esac
 
@@ -55,7 +61,7 @@ case $model in
          --gradient_accumulation_steps 2"
     reward="--learning_rate 3e-4 --num_warmup_steps 30 --max_steps 1200 --per_device_train_batch_size 16"
     ppo="--actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --num_warmup_steps 5 --max_steps 120
-         --per_device_generation_batch_size 64 --per_device_train_batch_size 64"
+         --per_device_generation_batch_size 64 --per_device_train_batch_size 32"
     data+=" --max_answer_seq_len 40 --logging_steps 50" ;;
   opt-125m | opt-350m | opt-1.3b | opt-2.7b)
     base=facebook/$model
@@ -102,6 +108,30 @@ fi
 [ "${setup_only:-}" ] && exit 0
 
 # -----------------------------------------------------------------------------
+# several hosts: all have the same, in the same place
+
+if [ "${hosts:-}" ]; then
+  state="cd '$PWD' && ls '$($python -c 'import sys; print(sys.executable)')' && cat '$here'/*.py '$here'/kernels/*.py | cksum"
+  mine=$(eval "$state")
+  for host in $hosts; do
+    code=0 theirs=$(ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "$state" 2>&1) || code=$?
+    [ $code != 255 ] || stop "host $host of $hostfile: 'ssh $host' must work without a password; it says: $theirs"
+    [ "$theirs" = "$mine" ] || stop "host $host differs from this one: '$theirs' there, '$mine' here; every host needs the folder $PWD," \
+      "the same commit in $here and its own 'bash run_all.sh setup', or a file system that they share"
+  done
+fi
+hand_out() {  # a model: to hosts that do not see this host's $out, told by the times in its summary.json
+  local folder; folder=$(realpath -m "$out")
+  for host in ${hosts:-}; do
+    ssh -n "$host" "cat '$folder/summary.json'" 2>/dev/null | cmp -s - "$folder/summary.json" && continue
+    echo "=== $host does not share $folder with this host: copying $1"
+    tar -C "$folder" --exclude 'checkpoint-*' -c "$1" summary.json |
+      ssh "$host" "mkdir -p '$folder/$1' && rm -f '$folder/$1/'*.safetensors* && tar -C '$folder' -x" ||
+      stop "$1 could not be copied to $host; start run_all.sh on the first host of $hostfile, or share $folder"
+  done
+}
+
+# -----------------------------------------------------------------------------
 # the three stages; the first that fails ends the run
 
 config="--deepspeed_config $here/configs/$hardware.json"
@@ -112,11 +142,16 @@ stage() {  # name, flags
   local name=$1 began=$SECONDS
   shift
   echo; echo "=== $name: $launch $name.py $*"
-  $launch "$here/$name.py" "$@" || stop "$name.py failed; its last lines above say why"
+  $launch "$here/$name.py" "$@" &
+  # a SIGTERM to this script goes to the launcher's child, which hands it on to the ranks; with --save_steps they save
+  trap "kill \$(cat /proc/$!/task/$!/children)" TERM
+  wait $! || wait $! || stop "$name.py failed; its last lines above say why"
   echo "=== $name took $((SECONDS - began)) s"
 }
 stage step1_sft $config --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-}
+hand_out sft
 stage step2_reward $config --model_name_or_path "$critic" $data $reward "$@" ${STEP2_ARGS:-}
+hand_out reward
 stage step3_ppo $config --actor_model_name_or_path "$out/sft" --critic_model_name_or_path "$out/reward" $data $ppo "$@" ${STEP3_ARGS:-}
 
 # -----------------------------------------------------------------------------

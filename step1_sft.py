@@ -27,9 +27,9 @@ import torch.distributed as dist
 
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum, load_model,
-                           mean, parameter_count, print0, run_stage, save_model, setup, to_device, train_engine,
-                           train_step, write_summary)
+from hybrid_engine import (Checkpoints, EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum,
+                           load_model, mean, parameter_count, print0, run_stage, save_model, setup, to_device,
+                           train_engine, train_step, write_summary)
 
 
 @dataclass
@@ -67,6 +67,9 @@ def perplexity(model, dataloader):
 def main(config):
     began = time.time()
     settings = setup(config)
+    checkpoints = Checkpoints(config, "sft")
+    if checkpoints.finished:
+        return
     rank, world = dist.get_rank(), dist.get_world_size()
 
     # -------------------------------------------------------------------------
@@ -86,15 +89,16 @@ def main(config):
     longest = max(config.max_seq_len, config.max_prompt_seq_len + config.max_answer_seq_len)
     model = LanguageModel(add_lora(load_model(config.model_name_or_path, tokenizer, settings, longest), config))
     engine = train_engine(model, settings, config, config.learning_rate, total_steps)
+    checkpoints.load({"model": engine}, total_steps)
     print0(f"{config.model_name_or_path}: {parameter_count(model) / 1e6:.1f}M parameters, {total_steps} steps")
 
     # -------------------------------------------------------------------------
     # training
-    folder = f"{config.output_dir}/sft"
+    folder = checkpoints.folder
     log = MetricsLog(folder, total_steps, config.logging_steps,
                      [("loss", "loss", "7.4f"), ("lr", "lr", ".2e"), ("tok/s", "tokens_per_second", "7.0f")],
-                     engine.monitor)
-    for step, batches in training_steps(train_loader, total_steps):
+                     engine.monitor, checkpoints.done)
+    for step, batches in training_steps(train_loader, total_steps, checkpoints.done):
         started = time.time()
         batches = [to_device(batch) for batch in batches]
         tokens, = all_sum(trained_tokens(batches))
@@ -102,6 +106,7 @@ def main(config):
         loss, grad_norm = train_step(engine, batches, lambda batch: token_nats(engine, batch), max(tokens, 1))
         loss, read = all_sum(loss, sum(batch["attention_mask"].sum() for batch in batches))
         log(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_second": read / (time.time() - started)})
+        checkpoints.save(step)
 
     # -------------------------------------------------------------------------
     # evaluation, a sample, the model
@@ -115,7 +120,7 @@ def main(config):
     gold = mean([scorer(record, answer) for record, answer in answered]) if scorer else None
     print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
     save_model(engine, tokenizer, folder)
-    seconds = time.time() - began
+    seconds = checkpoints.seconds + time.time() - began
     write_summary(config, "sft", {"seconds": seconds, "perplexity": ppl, "gold": gold}, config.model_name_or_path)
     print0(f"\nstep 1 done in {seconds:.0f} s: held-out perplexity {ppl:.3f} a token"
            + (f", gold {gold:.3f}" if gold is not None else "") + f"; saved {folder}")

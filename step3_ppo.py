@@ -2,7 +2,7 @@
 Step 3: reinforcement learning from human feedback with PPO. The actor answers prompts; the reward model scores the
 answers; the actor moves towards what scores well, and a KL penalty keeps it near the model it came from.
 
-    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]                   Ouyang et al. 2022, eq. 2, without the ptx term
+    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]  (+ c E log pi(text))               Ouyang et al. 2022, eq. 2
 
     reward of token t   R_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t is the last] r(x, y)
     advantage           A_t = sum_k (gamma lam)^k delta_{t+k}                          Schulman et al. 2016, eq. 16
@@ -11,10 +11,14 @@ answers; the actor moves towards what scores well, and a KL penalty keeps it nea
                         rho_t = pi(y_t) / pi_old(y_t)
     critic loss         1/2 max( (V_t - G_t)^2, (clip(V_t, V_old,t +- eps_v) - G_t)^2 ),  G_t = A_t + V_old,t
 
+--advantage rloo, grpo and reinforce put other estimates in A_t's place and go without a critic. --reward_fn takes
+r(x, y) from Python functions or several models. --unsupervised_data_path adds the text term, "ptx".
+
 Every sum runs over the response's tokens, its EOS included (so the model learns when to stop) and nothing after it.
 Which tokens those are is known from the response's length, never found by comparing ids with PAD or EOS.
 
     python step3_ppo.py --actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --max_answer_seq_len 40 --max_steps 30
+    python step3_ppo.py --advantage rloo --num_generations 4 --reward_fn my_rewards.py:polite
     deepspeed step3_ppo.py --data_path Dahoas/rm-static              # one GPU; reads output/sft and output/reward
     deepspeed --num_gpus 8 step3_ppo.py --deepspeed_config configs/1node.json --data_path Dahoas/rm-static
 
@@ -29,20 +33,25 @@ normalised by the reward model's own mean and standard deviation before they are
 
 import importlib.util
 import inspect
+import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from data import (Collator, DataConfig, EncodedDataset, UsageError, count_steps, decode_answers, flag, gold_scorer,
-                  load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel, MetricsLog,
-                           RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token, load_model,
-                           memory_gb, parameter_count, print0, run_stage, save_model, setup, tensor_parallel_group,
-                           to_device, train_engine, train_step, write_summary)
+from data import (Collator, DataConfig, EncodedDataset, MicroBatches, UsageError, count_steps, decode_answers,
+                  encode_text, flag, gold_scorer, load_records, load_tokenizer, make_dataloader, pad, rank_share,
+                  training_steps)
+from hybrid_engine import (Checkpoints, EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel,
+                           MetricsLog, RewardModel, adapters_off, add_lora, all_sum, device, frozen_engine, last_token,
+                           load_model, mean, memory_gb, parameter_count, print0, run_stage, save_model, setup,
+                           tensor_parallel_group, to_device, train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
@@ -70,7 +79,11 @@ class Config(EngineConfig, DataConfig):
     temperature: float = flag(1.0, "of sampling, and of all log-probabilities")
     top_p: float = flag(1.0, "nucleus sampling in rollouts; below 1 the ratio's policy is still the whole one")
     inference_tp_size: int = flag(1, "processes that share one copy of the actor's weights while generating")
+    unsupervised_data_path: list[str] = flag([], "plain text (.txt, .gz, any source) to stay good at: the ptx term")
+    unsup_coef: float = flag(27.8, "weight of the ptx term's loss, nats a token, in the actor's")
+    eval_steps: int = flag(0, "steps between evaluations on held-out prompts, logged as eval/...; 0: at the end only")
     enable_ema: bool = flag(False, "also keep and save an average of the actor's weights (decay 0.992)")
+    skip_preflight: bool = flag(False, "start without the checks of models, data and sampler before the first update")
 
 
 # -----------------------------------------------------------------------------
@@ -252,11 +265,13 @@ class DeepSpeedRLHFEngine:
         actor = LanguageModel(add_lora(load_actor(), args))
         adapters_only = args.lora_dim and args.only_optimize_lora  # then the actor without them is the reference
         self.ref = None if adapters_only else frozen_engine(LanguageModel(load_actor()), settings)
-        self.rewards = {}
+        self.rewards = {}  # by name
         for name in names:
             short = name.rpartition(":")[2] if functions[name] else Path(name).name  # what its scores are logged as
             self.rewards[name if short in self.rewards else short] = (
                 functions[name] or frozen_engine(load_score(name), settings))
+        models = [reward for reward in self.rewards.values() if isinstance(reward, torch.nn.Module)]
+        self.reward = models[0] if models else None  # the first reward model
         self.actor = train_engine(actor, settings, args, args.actor_learning_rate, updates)
         self.critic = None
         if args.advantage == "gae":
@@ -349,6 +364,16 @@ class DeepSpeedPPOTrainer:
         weights = args.reward_weights or [1.0] * len(scores)
         return scores, sum(weight * score for weight, score in zip(weights, scores.values()))
 
+    def state_dict(self):
+        """What a checkpoint holds beside DeepSpeed's files of actor and critic."""
+        return {"kl_coef": self.kl_coef, "iterations": self.iterations,
+                "ema": self.engine.ema.average if self.engine.ema else {}}  # rank 0's
+
+    def load_state_dict(self, state):
+        self.kl_coef, self.iterations = state["kl_coef"], state["iterations"]
+        if self.engine.ema:
+            self.engine.ema.average = state["ema"] if dist.get_rank() == 0 else {}
+
     @torch.no_grad()
     def generate_experience(self, prompt_batch):
         """
@@ -400,19 +425,24 @@ class DeepSpeedPPOTrainer:
             **{f"memory/{name.replace(' ', '_')}_gb": size for name, size in memory.items()}}
         return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores, advantages, returns)
 
-    def train_rlhf(self, experience):
+    def train_rlhf(self, experience, unsupervised=None):
         """
         `ppo_epochs` passes in shuffled minibatches, each one optimizer step of actor and critic -> mean actor and
         critic loss (nats, reward^2; 0 without a critic).
+
+        unsupervised  iterator that yields, for each optimizer step, gradient_accumulation_steps batches of
+                      data.Collator(1): the actor minimises PPO's loss + unsup_coef x their mean nats a token in the
+                      same step (Ouyang et al. 2022, eq. 2)
         """
         args, engine, x = self.args, self.engine, experience
         started, R = time.time(), x.mask.size(1)
         minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        # clipped, approximate KL, ratio, tokens, clipped values, squared error
-        sums = torch.zeros(6, device=x.mask.device)
+        # clipped, approximate KL, ratio, tokens, clipped values, squared error, nats and tokens of the ptx term
+        sums = torch.zeros(8, device=x.mask.device)
         losses, critic_part = [], 0.0
 
-        def actor_sum(rows):
+        def actor_sum(micro_batch):
+            rows, text = micro_batch
             logprobs, _ = engine.actor(x.tokens[rows], x.attention_mask[rows], x.mask[rows], args.temperature)
             loss, clipped, approxkl = ppo_actor_loss(logprobs, x.logprobs[rows], x.advantages[rows], x.mask[rows],
                                                      args.cliprange)
@@ -420,13 +450,18 @@ class DeepSpeedPPOTrainer:
             sums[:4] += torch.stack([clipped, approxkl, ratio, x.mask[rows].sum()])
             if args.advantage == "grpo":
                 loss = loss + self.kl_coef * kl_penalty(logprobs, x.ref_logprobs[rows], x.mask[rows])
+            if text:
+                trained = text["loss_mask"][:, 1:]
+                nats = -engine.actor(text["input_ids"], text["attention_mask"], trained)[0].sum()
+                sums[6:] += torch.stack([nats.detach(), trained.sum()])
+                loss = loss + args.unsup_coef * nats * count / text_tokens  # train_step divides all by count
             return loss
 
         def critic_sum(rows):
             values = engine.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
             loss, clipped = critic_loss(values, x.values[rows], x.returns[rows], x.mask[rows], args.cliprange_value)
             squared_error = ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum()
-            sums[4:] += torch.stack([clipped, squared_error])
+            sums[4:6] += torch.stack([clipped, squared_error])
             return loss
 
         for _ in range(args.ppo_epochs):
@@ -434,20 +469,24 @@ class DeepSpeedPPOTrainer:
             for minibatch in order.split(minibatch_rows):
                 count, = all_sum(x.mask[minibatch].sum())
                 micro_batches = minibatch.split(args.per_device_train_batch_size)
-                actor_part, actor_norm = train_step(engine.actor, micro_batches, actor_sum, count)
+                texts = list(map(to_device, next(unsupervised) if unsupervised else [{}] * len(micro_batches)))
+                text_tokens, = all_sum(sum(text["loss_mask"][:, 1:].sum() for text in texts if text))
+                actor_part, actor_norm = train_step(engine.actor, list(zip(micro_batches, texts)), actor_sum, count)
                 if engine.critic:
                     critic_part, critic_norm = train_step(engine.critic, micro_batches, critic_sum, count)
                 losses.append(all_sum(actor_part, critic_part))
                 if engine.ema:
                     engine.ema.update()
 
-        clipped, approxkl, ratio, tokens, clipped_values, squared_error = all_sum(*sums)
+        clipped, approxkl, ratio, tokens, clipped_values, squared_error, nats, text_tokens = all_sum(*sums)
         actor_mean, critic_mean = torch.tensor(losses).mean(0).tolist()
+        ptx = nats / max(text_tokens, 1)
         if args.kl_target > 0:
             self.kl_coef = adapt_kl_coef(self.kl_coef, self.metrics["objective/kl"], args.kl_target, self.rows)
         seconds = time.time() - started
         self.metrics.update({
-            "ppo/loss/policy": actor_mean, "ppo/policy/clipfrac": clipped / tokens,
+            "ppo/loss/policy": actor_mean - args.unsup_coef * ptx,
+            **({"ppo/loss/ptx": ptx} if unsupervised else {}), "ppo/policy/clipfrac": clipped / tokens,
             "ppo/policy/approxkl": approxkl / tokens, "ppo/policy/ratio": ratio / tokens,
             "ppo/policy/grad_norm": actor_norm, "lr": engine.actor.get_lr()[0], "time/train": seconds})
         if engine.critic:
@@ -463,28 +502,377 @@ class DeepSpeedPPOTrainer:
 
 
 @torch.no_grad()
-def evaluate(trainer, dataloader, scorer):
+def evaluate(trainer, dataloader, scorer, rivals=None):
     """
-    Answers to the held-out prompts, sampled as in training -> ({score, kl (nats a response), gold or None} over all
-    ranks, [(record, answer)] of this one).
+    Answers to the held-out prompts, sampled as in training and with the same noise at every call -> numbers over all
+    ranks, [(record, answer)] and marks of this rank's.
+
+    scorer  f(record, answer) -> exact mark of an answer, or None
+    rivals  marks of an earlier call, of the SFT model's answers: win_rate is the share of prompts whose answer is
+            marked better now, a tie counting half. Marks are the scorer's, without one the trained reward's scores
+    numbers score, kl (nats a response), gold and win_rate, the last two None where nothing can be said
     """
-    engine, sums, answered = trainer.engine, [0.0, 0.0, 0.0, 0.0], []
+    engine, answered, marks, sums = trainer.engine, [], [], [0.0, 0.0]
     for number, batch in enumerate(dataloader, 1):
         rollout, attention_mask = trainer.respond(engine.generator, batch, 1, -number)
         logprobs, ref_logprobs, _ = trainer.logprobs(rollout.tokens, attention_mask, rollout.mask)
         _, scores = trainer.score(rollout, attention_mask, batch["records"])
         answers = list(zip(batch["records"], decode_answers(engine.tokenizer, rollout)))
-        gold = sum(scorer(record, answer) for record, answer in answers) if scorer else 0.0
-        kl = (logprobs - ref_logprobs).sum()
-        sums = [a + float(b) for a, b in zip(sums, (scores.sum(), kl, gold, len(answers)))]
+        sums = [a + float(b) for a, b in zip(sums, (scores.sum(), (logprobs - ref_logprobs).sum()))]
+        marks += [scorer(record, answer) for record, answer in answers] if scorer else scores.tolist()
         answered += answers
-    score, kl, gold, count = all_sum(*sums)
-    return {"score": score / count, "kl": kl / count, "gold": gold / count if scorer else None}, answered
+    wins = sum((mark > rival) + 0.5 * (mark == rival) for mark, rival in zip(marks, rivals or []))
+    score, kl, marked, wins, count = all_sum(*sums, sum(marks), wins, len(marks))
+    return {"score": score / count, "kl": kl / count, "gold": marked / count if scorer else None,
+            "win_rate": wins / count if rivals else None}, answered, marks
+
+
+def mean_gold(scorer, records, answers):
+    """Mean over all ranks of the task's exact marks in [0, 1]; records may have several answers each, in a row."""
+    copies = len(answers) // len(records)
+    return mean([scorer(records[i // copies], answer) for i, answer in enumerate(answers)])
+
+
+# -----------------------------------------------------------------------------
+# before the run: eight checks on its own models
+
+NOISE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}  # mean nats between two ways to one number
+TRIAL = 50  # steps; in a shorter run untrained models are normal: they are spoken of, and stop nothing
+
+
+@contextmanager
+def undisturbed(trainer):
+    """Inside, rollouts and forwards in training mode; afterwards counters, modes and random state are as before."""
+    state, cuda = dict(vars(trainer)), [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    modes = [(module, module.training) for module in trainer.engine.actor.modules()]
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            trainer.iterations = -1  # rollout 0: a sampling seed that no step has
+            yield
+        finally:
+            vars(trainer).clear()
+            vars(trainer).update(state)
+            for module, mode in modes:
+                module.training = mode
+
+
+@torch.no_grad()
+def preflight(trainer, dataloader, records, total_steps):
+    """
+    What makes PPO fail without a word, looked for on the run's own models and first prompts before the first update:
+
+    text        prompts end where the answer begins; actor and reward model see the same dialogue
+    dropout     two forwards in training mode agree, be dropout a module or a function
+    sampler     the log-probabilities recorded while sampling are the training forward's: the first ratio is 1
+    reference   actor and reference are one model: KL 0
+    padding     more padding on the left changes no log-probability, value or score
+    rewards     the mask ends with each answer's EOS; the score stands there, and nothing on padding
+    ending      EOS is likely after the held-out answers and not inside them, and rollouts end
+    preference  the reward model prefers the held-out chosen answers
+
+    dataloader  of data.Collator(3); its first batch is read
+    records     held-out Preferences, the same on all ranks
+    raises      UsageError with one sentence for each check that failed. The last two judge how well models were
+                trained; in a run of fewer than TRIAL steps they only warn
+    Leaves trainer, models and random state as they were. Collective.
+    """
+    began, engine, args = time.time(), trainer.engine, trainer.args
+    with undisturbed(trainer):
+        batch = next(iter(dataloader))
+        x = trainer.generate_experience(batch)
+        noise = NOISE[next(engine.actor.parameters()).dtype]
+        found = {"text": check_text(engine, batch, args), **check_logprobs(trainer, x, noise),
+                 "padding": check_padding(engine, x, noise), "rewards": check_rewards(engine, x, args),
+                 "ending": check_ending(trainer, records)}
+        found["preference"], certain = check_preference(engine, records, args)
+    mild = {"ending", "preference"} if total_steps < TRIAL else set() if certain else {"preference"}
+    failed = [f"{name}: {sentence}" for name, sentence in found.items() if sentence and name not in mild]
+    if failed:
+        raise UsageError("preflight stops the run before any training (--skip_preflight starts it as it is).\n  "
+                         + "\n  ".join(failed))
+    for name in mild:
+        if found[name]:
+            print0(f"preflight: warning: {name}: {found[name]}")
+    passed = sum(not sentence for sentence in found.values())
+    print0(f"preflight: {passed} checks passed ({time.time() - began:.1f} s)")
+
+
+def distance(a, b, mask):
+    """Mean of |a - b| where the mask is 1, over all ranks."""
+    total, count = all_sum(((a - b).abs() * mask).sum(), mask.sum())
+    return total / max(count, 1)
+
+
+def check_text(engine, batch, args):
+    tokenizer, folder = engine.tokenizer, engine.reward and engine.reward.model.config.name_or_path
+    reader = load_tokenizer(folder) if folder else tokenizer
+    unopened = unlike = 0
+    for record, ids, real in zip(batch["records"], batch["input_ids"], batch["attention_mask"].bool()):
+        dialogue = record.prompt + [{"role": "assistant", "content": "~~~"}]
+        closed, text = (tokenizer.apply_chat_template(record.prompt, tokenize=False, add_generation_prompt=generation)
+                        for generation in (False, True))
+        whole = tokenizer.apply_chat_template(dialogue, tokenize=False)
+        opening = whole[:whole.rindex("~~~")]  # all that the model has seen before an answer's first word
+        # some templates' user turns end in what opens the answer, others add more to open it than the dialogue shows
+        bare = text == closed and opening.startswith(text) and opening[len(text):].strip()
+        unopened += bool(bare) or ids[real].tolist() != tokenizer(text, add_special_tokens=False).input_ids
+        unlike += reader.apply_chat_template(dialogue, tokenize=False) != whole
+    unopened, unlike, rows = all_sum(unopened, unlike, len(batch["records"]))
+    if unopened:
+        return (f"{unopened:.0f} of {rows:.0f} prompts do not end with the words that open the assistant's turn, so "
+                "the model would go on with the user's. Give a chat template that follows add_generation_prompt by "
+                "--chat_template (to step 1 too, the model must have learned it).")
+    if unlike:
+        return (f"{folder} has another chat template than {args.actor_model_name_or_path}: it "
+                "would score dialogues in a form it was not trained on. Train it on this actor's (step2_reward.py "
+                "--chat_template), or give the actor the reward model's by --chat_template.")
+
+
+def check_logprobs(trainer, x, noise):
+    """The checks of dropout, sampler and reference -> {name: sentence or None}."""
+    engine, args = trainer.engine, trainer.args
+    engine.actor.train()
+    first, second = (engine.actor(x.tokens, x.attention_mask, x.mask, args.temperature)[0] for _ in range(2))
+    random, old, kl = (distance(a, b, x.mask) for a, b in ((first, second), (first, x.logprobs),
+                                                           (x.logprobs, x.ref_logprobs)))
+    drift = trainer.metrics["response/logprob_drift"]  # 0 with --top_p: the sampler's are then of another distribution
+    return {
+        "dropout": random > noise and
+        f"two forwards of the actor in training mode differ by {random:.2g} nats a token, so something in it is "
+        "random: set every dropout in its config.json to 0, functional ones too (disable_dropout in hybrid_engine.py).",
+        "sampler": random <= noise < max(old, drift) and
+        f"the log-probabilities of the rollout are {max(old, drift):.2g} nats a token from the training forward's, so "
+        "the first ratio is not 1: the sampler's weights, temperature, mask or shift by one token are not the trainer's "
+        f"(--temperature {args.temperature}, generate_experience).",
+        "reference": kl > noise and
+        f"actor and reference are {kl:.2g} nats a token apart before the first update: both must be loaded from "
+        f"--actor_model_name_or_path {args.actor_model_name_or_path}, dropout off."}
+
+
+def check_padding(engine, x, noise):
+    """Rows with 8 more columns of padding, as far as the model has positions: log-probabilities, values, scores."""
+    positions = getattr(engine.actor.module.config, "max_position_embeddings", None) or x.tokens.size(1) + 8
+    more = max(0, min(8, positions - x.tokens.size(1)))
+    tokens = F.pad(x.tokens, (more, 0), value=engine.tokenizer.pad_token_id)
+    attention_mask = F.pad(x.attention_mask, (more, 0))
+    logprobs, _ = engine.actor(tokens, attention_mask, x.mask, engine.args.temperature)
+    apart = {"the actor's log-probabilities": distance(logprobs, x.logprobs, x.mask)}
+    for name, model in (("the critic's values", engine.critic), ("the reward model's scores", engine.reward)):
+        if model is None:
+            continue
+        plain, padded = model(x.tokens, x.attention_mask), model(tokens, attention_mask)[:, more:]
+        unit = 1 + distance(plain, torch.zeros_like(plain), x.attention_mask)  # values have no natural one
+        apart[name] = distance(plain, padded, x.attention_mask) / unit
+    wrong = [f"{name} by {gap:.2g}" for name, gap in apart.items() if not gap <= noise]
+    return wrong and (f"{more} more columns of left padding change {', '.join(wrong)}: positions must be counted from "
+                      "attention_mask (position_ids in hybrid_engine.py) and padding must not be attended to.")
+
+
+def check_rewards(engine, x, args):
+    P, R = x.tokens.size(1) - x.mask.size(1), x.mask.size(1)
+    ends = torch.isin(x.tokens[:, P:], torch.tensor(engine.eos_token_ids, device=x.tokens.device))
+    # what the mask must be, from the tokens: up to the first EOS, or all that was to be generated
+    length = torch.where(ends.any(1), ends.int().argmax(1) + 1, args.max_answer_seq_len)
+    expected = (torch.arange(R, device=ends.device) < length[:, None]).float()
+    scores = torch.arange(1.0, len(x.tokens) + 1, device=ends.device)
+    rewards = shape_rewards(scores, x.logprobs, x.logprobs, x.mask, args.kl_coef)
+    last = F.one_hot(length.clamp(max=R) - 1, R)
+    masks, misplaced, rows = all_sum(((x.mask != expected).any(1) | (length > R) & (R < args.max_answer_seq_len)).sum(),
+                                     (rewards != scores[:, None] * last).any(1).sum(), len(scores))
+    if masks:
+        return (f"the response mask of {masks:.0f} of {rows:.0f} answers does not end with their EOS: it must mark the "
+                "response up to and including EOS, and nothing after it (Rollout.mask, pack in InferenceEngine).")
+    return misplaced and (f"the scores of {misplaced:.0f} of {rows:.0f} answers are not on their last token alone: "
+                          "shape_rewards must put them on EOS, neither on padding nor elsewhere.")
+
+
+def check_ending(trainer, records):
+    """From prompt + answer + EOS, and prompt + half of the answer + EOS, of up to 64 held-out answers."""
+    engine, args, V = trainer.engine, trainer.args, len(trainer.engine.tokenizer)
+    eos, longest = engine.tokenizer.eos_token_id, args.max_prompt_seq_len + args.max_answer_seq_len
+    answered = [record for record in records if record.chosen][:64]
+    ended = trainer.metrics["response/ended"]
+    items = EncodedDataset(answered, engine.tokenizer, 1, longest, log=lambda line: None).items if answered else []
+    items = [item for item in items if item["input_ids"][-1] == eos and len(item["input_ids"]) > item["prompt_len"] + 2]
+    if not items:
+        return
+    sums = [0.0] * 5
+    mine, size = rank_share(items, dist.get_rank(), dist.get_world_size()), args.per_device_generation_batch_size
+    for part in (mine[i:i + size] for i in range(0, len(mine), size)):
+        texts, starts = [item["input_ids"] for item in part], [item["prompt_len"] for item in part]
+        halves = [[*ids[:(start + len(ids)) // 2], eos] for ids, start in zip(texts, starts)]
+        counts = torch.tensor([len(ids) - start for ids, start in zip(texts, starts)])
+        answers = torch.arange(int(counts.max())).flip(0) < counts[:, None]
+        ids, attention_mask = (t.to(device()) for t in pad(texts, eos, "left"))
+        logprobs, _ = engine.actor(ids, attention_mask, answers.float().to(device()))
+        ids, attention_mask = (t.to(device()) for t in pad(halves, eos, "left"))
+        inside, _ = engine.actor(ids, attention_mask, torch.ones_like(ids[:, -1:]).float())
+        fits = (counts <= args.max_answer_seq_len).sum()
+        batch_sums = logprobs[:, -1].exp().sum(), inside.exp().sum(), fits, logprobs.sum(), counts.sum()
+        sums = [a + b for a, b in zip(sums, batch_sums)]
+    after, inside, fits, nats, tokens, rows = all_sum(*sums, len(mine))
+    after, inside, fits, nats = after / rows, inside / rows, fits / rows, -nats / tokens
+    actor = f"--actor_model_name_or_path {args.actor_model_name_or_path}"
+    if nats > 0.9 * math.log(V):
+        return (f"the actor gives the held-out answers {nats:.1f} nats a token, where guessing among its {V} tokens "
+                f"gives {math.log(V):.1f}: {actor} has the wrong tokenizer beside it, or was not trained (step1_sft.py).")
+    if after < max(0.01, 3 * inside):
+        return (f"the actor's probability of EOS is {after:.2g} after the held-out answers and {inside:.2g} in the "
+                f"middle of them: it has not learned to stop. Train {actor} on answers that end with EOS (step1_sft.py).")
+    return ended == 0 and fits > 0.5 and (
+        f"no rollout ended within --max_answer_seq_len {args.max_answer_seq_len}, though the actor expects EOS after "
+        f"the held-out answers (probability {after:.2g}) and most are shorter: eos_token_id {engine.eos_token_ids} of "
+        f"{actor}'s generation_config.json is not what ends its answers, or --max_answer_seq_len is too small.")
+
+
+def check_preference(engine, records, args):
+    """
+    Up to 128 held-out pairs, on which a coin gives 0.5 +- 0.04 -> (sentence where it might be one, whether that is
+    certain: not above 0.5).
+    """
+    pairs = [record for record in records if record.chosen and record.rejected][:128]
+    if not pairs or engine.reward is None:
+        return None, True
+    items = EncodedDataset(pairs, engine.tokenizer, 2, args.max_prompt_seq_len + args.max_answer_seq_len,
+                           log=lambda line: None).items
+    right, count = 0.0, 0
+    mine, size = rank_share(items, dist.get_rank(), dist.get_world_size()), args.per_device_generation_batch_size
+    for part in (mine[i:i + size] for i in range(0, len(mine), size)):
+        batch = to_device(Collator(2, engine.tokenizer.pad_token_id)(part))
+        chosen, rejected = last_token(engine.reward(batch["input_ids"], batch["attention_mask"]),
+                                      batch["attention_mask"]).chunk(2)
+        right += ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).sum()
+        count += len(part)
+    right, count = all_sum(right, count)
+    accuracy = right / count
+    return accuracy < 0.5 + 1 / count**0.5 and (
+        f"the reward model prefers the chosen answer in {accuracy:.2f} of {count:.0f} held-out pairs, a coin in 0.5: "
+        f"{engine.reward.model.config.name_or_path} is not trained for these data (step2_reward.py prints its held-out "
+        "accuracy), or reads them by another chat template."), accuracy <= 0.5 and count >= 32
+
+
+# -----------------------------------------------------------------------------
+# during the run, and after it: what its metrics say
+
+class RunDoctor:
+    """
+    One plain sentence per anomaly of a PPO run and what to change, from its metrics alone; again only if it persists
+    for 200 steps. Of a finished run: `for line in open("output/actor/metrics.jsonl"): doctor(json.loads(line))`.
+
+    clip        gradient_clipping of the DeepSpeed config; 0: none
+    sentences   all that were said, in order
+    """
+
+    def __init__(self, clip=0.0):
+        self.clip, self.history, self.said, self.sentences = clip, [], {}, []
+
+    def __call__(self, metrics):
+        """metrics of one more step, a line of metrics.jsonl -> the new sentences."""
+        self.history.append(metrics)
+        step, new = len(self.history), []
+        for kind, sentence in diagnose(self.history, self.clip).items():
+            if step - self.said.get(kind, -200) >= 200:
+                self.said[kind] = step
+                new.append(f"step {metrics.get('step', step)}: {sentence}")
+        self.sentences += new
+        return new
+
+
+def diagnose(history, clip=0.0):
+    """
+    history   list of dicts, the lines of metrics.jsonl up to now
+    returns   {kind: sentence} of what is wrong at its end. Thresholds leave room around healthy runs: they are meant
+              for runs that fail, and a run that passes them may still be a bad one
+    """
+    found, n = {}, len(history)
+    column = lambda name, part=slice(None): np.array([row[name] for row in history[part] if name in row], float)
+    last = lambda name, steps=10: column(name, slice(-steps, None))
+    first = lambda name, steps=10: column(name, slice(steps))
+    broken = [name for name, value in history[-1].items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        return {"not finite": f"{', '.join(broken[:3])} is not a finite number: the weights are lost. Start again with "
+                              "a lower learning rate, or in bf16 or fp32 where this was fp16."}
+    kl, kl_coef = column("objective/kl", slice(-30, None)), history[-1].get("objective/kl_coef", 1.0)
+    if n >= 5 and kl[-5:].mean() > (20 if kl_coef else 5):
+        text = f"the KL to the reference is {kl[-5:].mean():.0f} nats a response"
+        if kl_coef == 0:
+            found["kl runs away"] = f"{text} and --kl_coef is 0: nothing holds the actor; set --kl_coef 0.05."
+        elif n < 30 or kl[-15] < 5:
+            found["kl runs away"] = (f"{text}, after few steps: --actor_learning_rate is too high; lower it tenfold.")
+        else:
+            found["kl runs away"] = f"{text}: raise --kl_coef (now {kl_coef:.3g}), or hold it with --kl_target 10."
+    if n >= 20 and kl[-20:].mean() < -max(0.1, 3 * kl[-20:].std(ddof=1) / 20**0.5):
+        found["kl negative"] = (
+            f"the KL to the reference is {kl[-20:].mean():.2f} nats a response over 20 steps, and no true KL is "
+            "negative: answers are not drawn from the policy whose log-probabilities are used. Set --top_p 1, and look at "
+            "--temperature, the mask and the sampler.")
+    drift = last("response/logprob_drift", 5)
+    if n >= 5 and drift.mean() > min(0.05, max(1e-3, 5 * first("response/logprob_drift", 1).sum())):
+        found["drift"] = (
+            f"the sampler's log-probabilities are {drift.mean():.2g} nats a token from the trainer's: the sampler does "
+            "not read the trained weights, or old log-probabilities are of an older policy. In float32 it is a fault; in "
+            "bf16 try fp32 for the head.")
+    approxkl, ratio = last("ppo/policy/approxkl", 5), last("ppo/policy/ratio", 5)
+    if n >= 5 and (approxkl.mean() > 0.1 or abs(ratio.mean() - 1) > 0.2):
+        found["ratio"] = (
+            f"the actor moves too far within one rollout (approximate KL {approxkl.mean():.2g} nats a token, ratio "
+            f"{ratio.mean():.2g}): lower --actor_learning_rate or --ppo_epochs.")
+    if n >= 20:
+        found |= compare(first, last)
+    if n >= 50 and (last("ppo/val/var_explained", 50) < 0).all() and "ppo/val/var_explained" in history[-1]:
+        found["critic"] = (
+            "the critic has explained less than nothing of the returns for 50 steps (ppo/val/var_explained under 0): "
+            "change --critic_learning_rate, and see that the critic starts from the reward model.")
+    for name, flag_name in (("policy", "actor"), ("val", "critic")):
+        norms = last(f"ppo/{name}/grad_norm", 50)
+        if clip and len(norms) == 50 and norms.min() > 2 * clip:
+            found[f"{name} clipped"] = (
+                f"the {flag_name}'s gradient has been clipped at every one of 50 steps (norm {np.median(norms):.2g}, "
+                f"gradient_clipping {clip:g}), so its length is lost: raise gradient_clipping in the DeepSpeed config, "
+                f"or make batches larger; --{flag_name}_learning_rate then means what it says.")
+    gold, scores = column("objective/gold"), column("objective/scores")
+    if n >= 20 and len(gold) == n:
+        means = np.convolve(gold, np.ones(10) / 10, "valid")  # of 10 steps each
+        best = int(means.argmax())
+        fall, rise = means[best] - means[-1], scores[-10:].mean() - scores[best:best + 10].mean()
+        gold_error, score_error = gold[-10:].std(ddof=1) / 10**0.5, scores[-10:].std(ddof=1) / 10**0.5
+        if fall > max(0.1, 6 * gold_error) and rise > 2 * score_error:
+            found["reward hacking"] = (
+                f"since step {best + 10} the learned score rose from {scores[best:best + 10].mean():.2f} to "
+                f"{scores[-10:].mean():.2f} while gold fell from {means[best]:.2f} to {means[-1]:.2f}: the actor "
+                "exploits the reward model. Raise --kl_coef, stop earlier, or train the reward model on such answers.")
+    return found
+
+
+def compare(first, last):
+    """What changed from the first 10 steps to the last 10, as `diagnose` tells it."""
+    found = {}
+    was, now = first("objective/entropy").mean(), last("objective/entropy").mean()
+    if now < 0.03 * was:
+        found["entropy"] = (f"entropy collapsed from {was:.2g} to {now:.2g} nats a token: all answers are becoming "
+                            "one. Raise --kl_coef, lower --actor_learning_rate or stop earlier.")
+    was, now = first("response/ended").mean(), last("response/ended").mean()
+    if now < was - 0.2:
+        found["ended"] = (f"{now:.0%} of the answers end with EOS, {was:.0%} did at first: set --missing_eos_penalty "
+                          "1, or raise --max_answer_seq_len if they are cut.")
+    was, now = first("objective/scores"), last("objective/scores")
+    if now.mean() < was.mean() - 5 * was.std(ddof=1) - 0.1:
+        found["score"] = (f"the score fell from {was.mean():.2f} to {now.mean():.2f}: the actor is getting worse by "
+                          "the reward's own measure. Lower --actor_learning_rate.")
+    lengths, scores = last("response/length", 50), last("objective/scores", 50)
+    was, now = first("response/length").mean(), lengths[-10:].mean()
+    if len(lengths) == 50 and now > 1.5 * was and np.corrcoef(lengths, scores)[0, 1] > 0.7:
+        found["length"] = (f"answers grow with the score (from {was:.0f} to {now:.0f} tokens): the reward may be "
+                           "paying for length. Read some, and see how length and score correlate in step 2's held-out pairs.")
+    return found
 
 
 def main(config):
     began = time.time()
     setup(config)
+    checkpoints = Checkpoints(config, "ppo")
+    if checkpoints.finished:
+        return
     rank, world = dist.get_rank(), dist.get_world_size()
 
     # -------------------------------------------------------------------------
@@ -498,44 +886,72 @@ def main(config):
     train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world)
     held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
+    parts = config.gradient_accumulation_steps
+    minibatch_rows = config.per_device_train_batch_size * parts
+    updates = rows * config.num_generations // minibatch_rows
+    unsupervised = None
+    if config.unsupervised_data_path:  # as much text in an optimizer step as there are answers
+        chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len, log=print0)
+        text_loader = make_dataloader(chunks, MicroBatches(Collator(1, tokenizer.pad_token_id), parts), minibatch_rows,
+                                      config.seed, rank, world)
+        each = config.ppo_epochs * updates
+        text_steps = training_steps(text_loader, total_steps * each, checkpoints.done * each)
+        unsupervised = (batches for _, batches in text_steps)
 
     # -------------------------------------------------------------------------
     # models and optimisers
     engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer,
                                  total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
-    n, minibatch_rows = config.num_generations, config.per_device_train_batch_size * config.gradient_accumulation_steps
     critic_size = f"critic {parameter_count(engine.critic) / 1e6:.1f}M" if engine.critic else "no critic"
     print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M parameters, {critic_size}; {total_steps} steps of "
-           f"{rows * world} prompts x {n} answer(s), {config.ppo_epochs} epoch(s) of {rows * n // minibatch_rows} "
-           "update(s)")
+           f"{rows * world} prompts x {config.num_generations} answer(s), {config.ppo_epochs} epoch(s) of "
+           f"{updates} update(s)")
+    if not config.skip_preflight:
+        preflight(trainer, train_loader, held_records, total_steps)
+    scorer = gold_scorer(config)
+    first, _, sft_marks = evaluate(trainer, held_loader, scorer)  # here, while the actor is the SFT model
+    checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
 
     # -------------------------------------------------------------------------
     # training
-    folder = f"{config.output_dir}/actor"
+    folder = checkpoints.folder
     log = MetricsLog(folder, total_steps, config.logging_steps,
                      [("score", "objective/scores", "7.3f"), ("kl", "objective/kl", "7.3f"),
                       ("entropy", "objective/entropy", "6.3f"), ("length", "response/length", "5.1f"),
                       ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
-                      ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor)
-    for step, prompt_batch in training_steps(train_loader, total_steps):
+                      ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor, checkpoints.done)
+    doctor = RunDoctor(engine.actor.gradient_clipping())
+    for step, prompt_batch in training_steps(train_loader, total_steps, checkpoints.done):
         out = trainer.generate_experience(prompt_batch)
-        trainer.train_rlhf(out)
+        if scorer:
+            trainer.metrics["objective/gold"] = mean_gold(scorer, prompt_batch["records"],
+                                                          decode_answers(tokenizer, out))
+        trainer.train_rlhf(out, unsupervised)
+        if config.eval_steps and step % config.eval_steps == 0:
+            held, _, _ = evaluate(trainer, held_loader, scorer, sft_marks)
+            trainer.metrics.update({f"eval/{name}": value for name, value in held.items() if value is not None})
         log(step, trainer.metrics)
+        for sentence in doctor({"step": step, **trainer.metrics}):
+            print0(f"doctor: {sentence}")
+        checkpoints.save(step)
 
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
-    held, answered = evaluate(trainer, held_loader, gold_scorer(config))
+    held, answered, _ = evaluate(trainer, held_loader, scorer, sft_marks)
     print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
     if engine.ema:
         save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema", engine.ema.average)
-    seconds = time.time() - began
-    write_summary(config, "ppo", {"seconds": seconds, **held}, config.actor_model_name_or_path)
-    print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {held['score']:.3f}, KL {held['kl']:.2f} nats a response"
-           + (f", gold {held['gold']:.3f}" if held["gold"] is not None else "") + f"; saved {folder}")
+    seconds = checkpoints.seconds + time.time() - began
+    write_summary(config, "ppo", {"seconds": seconds, **held}, config.actor_model_name_or_path, doctor=doctor.sentences)
+    judge = "gold" if scorer else "score"
+    print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {first['score']:.3f} -> {held['score']:.3f}, "
+           f"KL {held['kl']:.2f} nats a response"
+           + (f", gold {first['gold']:.3f} -> {held['gold']:.3f}" if scorer else "")
+           + f"; better than the SFT model's answer in {held['win_rate']:.0%} by {judge}; saved {folder}")
 
 
 if __name__ == "__main__":

@@ -408,7 +408,7 @@ class Decoder:
     def _begin(self, start, length):
         """What the steps ask about the rows in flight: their first columns, and the CPU's bias made of them."""
         self.start, self.length = start, length
-        self.bias = decode_bias(start, length, self.kv_heads, self.embed.dtype, self.alibi)
+        self.bias = decode_bias(start, length, self.kv_heads, self.alibi)
 
     def step(self, tokens, positions, column, cache):
         """

@@ -4,11 +4,15 @@ prompt and in the actor's step.
 """
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import step3_ppo
+from conftest import ROOT
 from data import UsageError, load_tokenizer
 from hybrid_engine import device
 from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, grpo, kl_penalty, reinforce, rloo
@@ -125,7 +129,7 @@ def test_the_held_out_prompts_are_answered_once(folders):
     from step3_ppo import evaluate
     trainer = real_trainer(folders, advantage="rloo", num_generations=3, max_prompt_seq_len=64)
     batch = ragged_prompts(trainer)
-    held, answered = evaluate(trainer, [batch], lambda record, answer: 1.0)
+    held, answered, _ = evaluate(trainer, [batch], lambda record, answer: 1.0)
     assert len(answered) == 4 and held["gold"] == 1
 
 
@@ -159,3 +163,24 @@ def test_grpo_step_has_the_kl_in_its_loss(make_model, settings):
 def test_flags_that_do_not_go_together(folders, flags, said):
     with pytest.raises(UsageError, match=said):
         real_trainer(folders, **flags)
+
+
+def test_a_run_without_a_critic(folders, tmp_path):
+    """By its flags: a Python reward, groups, evaluations on the way; no critic is saved, no value is logged, and the frontier can be read off."""
+    rows = [{"prompt": f"What is {i}?", "chosen": str(i), "rejected": "Go."} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "my.py").write_text("def length(prompts, completions, **columns):\n    return [len(c) for c in completions]\n")
+    step3_ppo.main(Config(actor_model_name_or_path=folders[0], data_path=[str(tmp_path / "rows.jsonl")], output_dir=str(tmp_path / "output"),
+                          reward_fn=[f"{tmp_path / 'my.py'}:length"], advantage="rloo", num_generations=2, per_device_generation_batch_size=4,
+                          per_device_train_batch_size=4, max_prompt_seq_len=32, max_answer_seq_len=8, max_steps=4, eval_steps=2,
+                          actor_learning_rate=3e-3, lr_scheduler_type="constant", deepspeed_config=str(ROOT / "configs" / "cpu.json")))
+    lines = [json.loads(line) for line in (tmp_path / "output/actor/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/kl" in line] == [2, 4] and not any("val/" in name for name in lines[0] if name[0] == "p")
+    assert lines[0]["objective/scores"] == lines[0]["objective/scores/length"]
+    held = json.loads((tmp_path / "output/summary.json").read_text())["ppo"]
+    assert {"score", "kl", "win_rate"} <= held.keys() and "gold" not in held and not (tmp_path / "output/critic").exists()
+    for name in ("score", "kl", "win_rate"):  # the same prompts and noise as at step 4, the same weights
+        assert held[name] == pytest.approx(lines[3][f"eval/{name}"], abs=1e-4)
+    shown = subprocess.run([sys.executable, ROOT / "bench/frontier.py", tmp_path / "output/actor/metrics.jsonl"], capture_output=True, text=True, check=True)
+    last = shown.stdout.split("\n")[-2].split()
+    assert last == ["4", f"{held['kl']:.3f}", f"{lines[3]['eval/score']:.3f}", "-", f"{lines[3]['eval/win_rate']:.3f}"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import data
-from data import (FORMS, Collator, DataConfig, EncodedDataset, MicroBatches, Preference, UsageError, as_prompt, count_steps, encode_answers,
+from data import (FORMS, Collator, DataConfig, EncodedDataset, MicroBatches, Preference, UsageError, as_prompt, count_steps, encode_answers, encode_text,
                   encode_prompts, hold_out, load_records, load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share, read_source,
                   split_indices, to_records, toy_gold, toy_questions, toy_rows, training_steps)
 
@@ -518,3 +518,22 @@ def test_toy_text_needs_no_bytes(tokenizer):
         text = " ".join([message["content"] for message in row["prompt"]] + [row["chosen"]])
         pieces.update(tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids))
     assert not [piece for piece in pieces if piece.startswith("<0x")], "every letter of the world has a piece"
+
+
+def test_text_to_mix_in(tokenizer, tmp_path):
+    """Documents end to end, EOS after each, in whole chunks whose every token is trained: from .txt, .txt.gz, a column `text`, dialogues."""
+    eos, ids = tokenizer.eos_token_id, lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    (tmp_path / "a.txt").write_text("The sky is blue.\n\nA dog says woof.")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"Grass is green."))
+    (tmp_path / "c.jsonl").write_text('{"text": "Hello!"}\n{"text": "Snow is white."}')
+    (tmp_path / "d.jsonl").write_text('{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}')
+    expected = ids("The sky is blue.\n\nA dog says woof.") + [eos] + ids("Grass is green.") + [eos] + ids("Hello!") + [eos] + ids("Snow is white.") + [eos]
+    (prompt, answer), = encode_answers(tokenizer, [user("Hi")], ["Hello!"])
+    expected += prompt + answer
+    items = encode_text([str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.jsonl", "d.jsonl")], tokenizer, 4, log=quiet)
+    assert [len(item["input_ids"]) for item in items] == len(expected) // 4 * [4]
+    assert [token for item in items for token in item["input_ids"].tolist()] == expected[:len(expected) // 4 * 4]
+    batch = Collator(1, tokenizer.pad_token_id)(items)
+    assert batch["loss_mask"].all() and batch["attention_mask"].all()
+    with pytest.raises(UsageError, match="do not fill one chunk"):
+        encode_text([str(tmp_path / "c.jsonl")], tokenizer, 100, log=quiet)

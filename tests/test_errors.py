@@ -81,6 +81,11 @@ CASES = {  # name: (command line, what the sentence must name)
     "top_p 0": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --top_p 0", ["--top_p 0.0"]),
     "no epochs of PPO": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --ppo_epochs 0",
                          ["--ppo_epochs 0", "at least 1"]),
+    "an advantage that needs a group": ("step3_ppo.py --actor_model_name_or_path LM --data_path answers.jsonl BATCH --advantage rloo", ["--advantage rloo", "--num_generations"]),
+    "an advantage of another name": ("step3_ppo.py --actor_model_name_or_path LM --data_path answers.jsonl BATCH --advantage ppo", ["--advantage", "ppo", "rloo"]),
+    "a reward file that is missing": ("step3_ppo.py --actor_model_name_or_path LM --data_path answers.jsonl BATCH --reward_fn nowhere.py:f", ["nowhere.py", "--reward_fn"]),
+    "no text to mix in": ("step3_ppo.py --actor_model_name_or_path LM --data_path answers.jsonl BATCH --unsupervised_data_path nowhere.txt", ["nowhere.txt"]),
+    "too little text to mix in": ("step3_ppo.py --actor_model_name_or_path LM --data_path answers.jsonl BATCH --unsupervised_data_path notes.txt", ["notes.txt"]),
     "output that is a file": ("step1_sft.py --data_path answers.jsonl SMALL --output_dir notes.txt", ["notes.txt", "--output_dir"]),
 }
 SMALL = "--per_device_train_batch_size 2 --max_seq_len 64 --max_prompt_seq_len 32 --max_answer_seq_len 8 --max_steps 1"

@@ -74,8 +74,8 @@ def test_decode_attention(B, H, KVH, T, D, end, alibi, window, dtype, poisoned_e
 def test_a_bias_built_once_a_rollout(alibi):
     q, cache_k, cache_v, start, end, scale = args = inputs(3, 4, 2, 50, 32, 41, torch.float32)
     slopes = torch.rand(4, device=DEVICE) if alibi else None
-    bias = decode_bias(start, 50, 2, torch.float32, slopes)
-    assert bias.shape == (3 * 2, 50, 2 if alibi else 1)
+    bias = decode_bias(start, 50, 2, slopes)
+    assert bias.shape == (3 * 2, 2 if alibi else 1, 50)
     for window in (0, 7):
         torch.testing.assert_close(decode_attention(*args, alibi_slopes=slopes, window=window, bias=bias),
                                    decode_attention(*args, alibi_slopes=slopes, window=window))

@@ -17,7 +17,7 @@ from hybrid_engine import LanguageModel, RewardModel, device, last_token, train_
 from step1_sft import Config as SFTConfig
 from step1_sft import perplexity, sft_loss, token_nats, trained_tokens
 from step2_reward import Config as RewardConfig
-from step2_reward import evaluate, pair_scores, reward_loss
+from step2_reward import calibration_error, evaluate, pair_scores, reward_loss
 from step3_ppo import DeepSpeedPPOTrainer, Experience, adapt_kl_coef, critic_loss, gae, shape_rewards, whiten
 from step3_ppo import ppo_actor_loss as actor_loss
 
@@ -113,14 +113,32 @@ def test_scores_are_those_of_the_row_alone(make_model, family, side, pad_id):
 
 
 def test_evaluation_of_pairs_by_hand():
-    """Scores are given; 3 pairs in batches of 1 and 2: right, wrong, tied."""
-    batches = [{"input_ids": torch.zeros(2, 1).long(), "attention_mask": torch.ones(2, 1).long(), "scores": tensor([2.0], [1.0])},
-               {"input_ids": torch.zeros(4, 1).long(), "attention_mask": torch.ones(4, 1).long(), "scores": tensor([0.0], [3.0], [1.0], [3.0])}]
-    answers = iter(batches)
-    held = evaluate(lambda ids, mask: next(answers)["scores"].to(device()), batches)
-    scores = torch.tensor([2, 1, 0, 3, 1, 3], dtype=torch.float64)
+    """Scores and lengths are given; 3 pairs in batches of 1 and 2: right, wrong, tied."""
+    def batch(lengths, *scores):
+        return {"loss_mask": (torch.arange(9) < torch.tensor(lengths)[:, None]).float(), "scores": tensor(*scores).to(device())}
+
+    batches = [batch([4, 2], 2.0, 1.0), batch([1, 9, 1, 5], 0.0, 3.0, 1.0, 3.0)]
+    held = evaluate(lambda batch: batch["scores"].chunk(2), batches)
+    scores, lengths = torch.tensor([[2, 1, 0, 3, 1, 3], [4, 2, 1, 9, 1, 5]], dtype=torch.float64)
+    centred = scores - scores.mean(), lengths - lengths.mean()
+    correlation = (centred[0] * centred[1]).sum() / (centred[0].norm() * centred[1].norm())
+    certainty = 1 / (1 + math.exp(-1))  # right by 1 and wrong by 1 share a bin, the tie has its own
     assert held == pytest.approx({"accuracy": 0.5, "loss": (2 * math.log1p(math.exp(-1)) + 1 + math.log(2)) / 3,
+                                  "calibration_error": 2 * (certainty - 0.5) / 3, "length_correlation": correlation.item(),
                                   "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item()})
+
+
+def test_calibration_error_by_hand():
+    """Margins drawn so that sigmoid(margin) is the chance of being right have none; margins three times as large are sure of too much."""
+    sure = torch.tensor([100.0, 100.0, 100.0, -100.0])
+    assert calibration_error(sure) == pytest.approx(0.25)  # certain, and right in 3 of 4
+    assert calibration_error(torch.tensor([100.0, 0.0, 0.0])) == 0  # certain and right; half certain and tied
+    generator = torch.Generator().manual_seed(0)
+    margins = 3 * torch.rand(100_000, generator=generator)
+    signs = (torch.rand(100_000, generator=generator) < torch.sigmoid(margins)).double() * 2 - 1
+    assert calibration_error(margins * signs) < 0.01
+    overconfident = (torch.sigmoid(3 * margins) - torch.sigmoid(margins)).mean().item()  # the same sign in every bin
+    assert calibration_error(3 * margins * signs) == pytest.approx(overconfident, abs=0.01)
 
 
 # -----------------------------------------------------------------------------
@@ -329,7 +347,7 @@ def test_reward_step_is_the_same_in_any_micro_batches(make_model, settings, fami
     answers = [([7, 8, 2], [7, 9, 10, 11, 2]), ([5, 2], [5, 6, 2]), ([30, 31, 32, 33, 34, 2], [30, 2]), ([4, 4, 2], [4, 2])]
     score = lambda m, ids: m(torch.tensor([ids])).logits[0, 0]  # Hugging Face reads the last token that is not padding
     expected = plain_step(model, lambda m: -sum(F.logsigmoid(score(m, a) - score(m, b)) for a, b in answers) / 4)
-    items = [{key: torch.tensor(ids).int().numpy() for key, ids in zip(("chosen", "rejected"), pair)} for pair in answers]
+    items = [{key: torch.tensor(ids).int().numpy() for key, ids in zip(("chosen", "rejected"), pair)} | {"prompt_len": 1} for pair in answers]
     for rows, parts in SPLITS:
         engine = make_engine(RewardModel, model, settings, rows, parts, RewardConfig)
         batches = MicroBatches(Collator(2, pad_token_id=3), parts)(items)
@@ -395,6 +413,23 @@ def test_ppo_step_is_the_same_in_any_micro_batches_and_padding(make_model, setti
         metrics.append([trainer.metrics[name] for name in sorted(trainer.metrics) if name.startswith("ppo/")])
     assert all(numbers == pytest.approx(metrics[0], rel=1e-4) for numbers in metrics), "metrics divide by what was really counted"
     assert 0 < trainer.metrics["ppo/policy/clipfrac"] < 1 and 0 < trainer.metrics["ppo/val/clipfrac"] < 1, "the example has both kinds of token"
+
+
+def test_ptx_gradient_is_added(make_model, settings):
+    """One step of PPO and text together, in any micro-batches: grad(ppo) + c grad(ptx), each a mean over its own tokens."""
+    actor, critic, x = make_model("opt"), make_model("opt", "score", seed=1), make_experience()
+    args, c = step3_ppo.Config(temperature=0.7), 3.0
+    nats = lambda m: sum(row_nats(m, ids, 1) for ids, _ in ROWS) / sum(len(ids) - 1 for ids, _ in ROWS)
+    expected = plain_step(actor, lambda m: ppo_losses(m, copy.deepcopy(critic).double(), x, args)[0] + c * nats(m))
+    with torch.no_grad():
+        ptx = nats(copy.deepcopy(actor).double()).item()
+    for rows, parts in SPLITS:
+        trainer = make_trainer(actor, critic, settings, rows, parts, unsup_coef=c)
+        texts = MicroBatches(Collator(1, pad_token_id=3), parts)([{**item, "prompt_len": 0} for item in sft_items()])
+        loss, _ = trainer.train_rlhf(to(device(), x), iter([texts]))
+        assert_same_step((weights(trainer.engine.actor), loss, trainer.metrics["ppo/policy/grad_norm"]), expected)
+        assert trainer.metrics["ppo/loss/ptx"] == pytest.approx(ptx, rel=1e-5)
+        assert trainer.metrics["ppo/loss/policy"] == pytest.approx(loss - c * ptx, abs=1e-4)
 
 
 @pytest.mark.parametrize("rows, parts, epochs, steps", [(4, 1, 1, 1), (2, 1, 1, 2), (1, 2, 3, 6), (1, 4, 2, 2)])

@@ -3,6 +3,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM, OPTForSequenceClassification
 
+import step3_ppo
 from data import Collator, DataConfig, EncodedDataset, load_records, load_tokenizer, make_dataloader
 from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, critic_loss
 
@@ -125,3 +126,66 @@ def test_the_rlhf_api_runs_as_written(tmp_path, process_group):
         out = trainer.generate_experience(prompt_batch)
         actor_loss, critic_loss = trainer.train_rlhf(out)
         assert torch.isfinite(torch.tensor([actor_loss, critic_loss])).all()
+
+
+def test_every_row_is_used_once_an_epoch_and_in_another_order(trainer, monkeypatch):
+    args, used, train_step = trainer.args, [], step3_ppo.train_step
+    args.per_device_train_batch_size, args.ppo_epochs = 1, 5
+
+    def spy(engine, micro_batches, *rest):
+        if engine is trainer.engine.actor:
+            used.extend(torch.cat(list(micro_batches)).tolist())
+        return train_step(engine, micro_batches, *rest)
+
+    monkeypatch.setattr(step3_ppo, "train_step", spy)
+    torch.manual_seed(0)
+    trainer.train_rlhf(trainer.generate_experience(ragged_prompts(trainer)))
+    epochs = [used[i:i + 4] for i in range(0, 20, 4)]
+    assert len(used) == 20 and all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs) and len(set(map(tuple, epochs))) > 1
+
+
+def test_the_critic_starts_as_the_reward_model(trainer):
+    ids, real = (ragged_prompts(trainer)[name] for name in ("input_ids", "attention_mask"))
+    assert torch.equal(trainer.engine.critic(ids, real), trainer.engine.reward(ids, real))
+
+
+def test_scores_are_normalised_by_the_reward_models_own_numbers_then_clipped(trainer):
+    engine = trainer.engine
+    engine.reward.model.config.score_mean, engine.reward.model.config.score_std = 0.3, 0.02
+    x = DeepSpeedPPOTrainer(engine, trainer.args).generate_experience(ragged_prompts(trainer))
+    raw = torch.stack([engine.reward(ids[real.bool()][None], real[real.bool()][None])[0, -1] for ids, real in zip(x.tokens, x.attention_mask)])
+    expected = (raw.detach() - 0.3) / 0.02
+    assert (expected.abs() > 5).any(), "some must reach the clip"
+    torch.testing.assert_close(x.scores, expected.clamp(-5, 5), atol=1e-3, rtol=0)
+
+
+def test_an_answer_without_eos_loses_exactly_the_penalty(trainer):
+    """After the clip, and before the KL (here 0) is added: the last token's return is the clipped score less the penalty."""
+    trainer.engine.eos_token_ids = list(range(0, 1000, 20))
+    trainer.args.reward_clip, trainer.args.missing_eos_penalty = 0.001, 0.7
+    x = trainer.generate_experience(ragged_prompts(trainer, lengths=(1, 3, 7, 4, 2, 5, 6, 3)))
+    last = x.mask.sum(1).long() - 1
+    ended = torch.isin(x.tokens[:, -x.mask.size(1):].gather(1, last[:, None]).squeeze(1), torch.tensor(trainer.engine.eos_token_ids))
+    assert 0 < ended.sum() < 8 and (x.scores.abs() == 0.001).any()
+    torch.testing.assert_close(x.returns.gather(1, last[:, None]).squeeze(1), x.scores - 0.7 * (~ended).float(), atol=1e-4, rtol=0)
+
+
+def test_only_actor_and_critic_are_trained_and_each_rollout_is_another(trainer):
+    engine = trainer.engine
+    before = {name: {key: value.clone() for key, value in model.state_dict().items()}
+              for name, model in (("ref", engine.ref), ("reward", engine.reward), ("actor", engine.actor.module))}
+    prompts = ragged_prompts(trainer)
+    first = trainer.generate_experience(prompts)
+    again = trainer.generate_experience(prompts)
+    assert first.tokens.shape != again.tokens.shape or not torch.equal(first.tokens, again.tokens)  # another seed each time
+    trainer.train_rlhf(again)
+    for name, model in (("ref", engine.ref), ("reward", engine.reward)):
+        assert all(torch.equal(value, before[name][key]) for key, value in model.state_dict().items())
+    assert any(not torch.equal(value, before["actor"][key]) for key, value in engine.actor.module.state_dict().items())
+
+
+def test_answers_of_one_token_train(trainer):
+    trainer.engine.eos_token_ids = list(range(len(trainer.engine.tokenizer)))  # whatever is sampled ends the answer
+    x = trainer.generate_experience(ragged_prompts(trainer, lengths=(1, 1, 1, 1)))
+    assert x.mask.tolist() == [[1.0]] * 4
+    assert torch.isfinite(torch.tensor(trainer.train_rlhf(x))).all()

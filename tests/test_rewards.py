@@ -146,9 +146,19 @@ def test_without_the_flag_the_reward_model_is_the_critics_start(make_trainer, pl
 def test_evaluation_reports_the_reward_that_was_trained(make_trainer):
     trainer = make_trainer("ones")
     before = dict(trainer.metrics)
-    held, answered = evaluate(trainer, [prompts(), prompts()], None)
+    held, answered, marks = evaluate(trainer, [prompts(), prompts()], None)
     assert held["score"] == 1 and len(answered) == 8 and trainer.metrics == before and trainer.iterations == 0
-    assert held["kl"] == pytest.approx(0, abs=1e-4)
+    assert held["kl"] == pytest.approx(0, abs=1e-4) and held["gold"] is held["win_rate"] is None and marks == 8 * [1]
+
+
+def test_win_rate_by_hand(make_trainer):
+    """Marks by the task's scorer where there is one, else by the reward: better, worse and tied against given rivals."""
+    trainer = make_trainer("ones")
+    assert evaluate(trainer, [prompts()], None, [0.5, 1.0, 1.0, 2.0])[0]["win_rate"] == (1 + 0.5 + 0.5) / 4
+    held, answered, marks = evaluate(trainer, [prompts()], lambda record, answer: float(record.chosen), [0.0, 1.0, 5.0, 5.0])
+    assert marks == [0, 2, 4, 6] and held["gold"] == 3 and held["score"] == 1 and held["win_rate"] == (0.5 + 1 + 0 + 1) / 4
+    again = evaluate(trainer, [prompts()], None)[1]
+    assert [answer for _, answer in again] == [answer for _, answer in answered]  # the same noise at every call
 
 
 def test_where_the_critic_starts(make_trainer, place, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,8 @@ import step1_sft
 import step2_reward
 import step3_ppo
 from data import DataConfig, load_tokenizer, toy_rows
-from hybrid_engine import EngineConfig, LanguageModel, load_model, setup, train_engine
+from hybrid_engine import (EngineConfig, ExponentialMovingAverage, LanguageModel, load_model, setup, train_engine,
+                           train_step)
 from ranks import run_ranks
 from test_ppo import small_models
 
@@ -52,15 +53,18 @@ def train(rank, ranks, folder):
     ppo = dict(common, actor_learning_rate=1e-3, critic_learning_rate=1e-3, per_device_generation_batch_size=8 // ranks,
                top_p=1e-6, ppo_epochs=2, kl_target=1.0, inference_tp_size=ranks)
     lora = dict(lora_dim=2, only_optimize_lora=True, gradient_checkpointing=True)
-    for kind, options in (("opt", dict(enable_ema=True)), ("llama", lora)):
+    text = dict(unsupervised_data_path=[f"{folder}/rows.jsonl"], unsup_coef=0.5)
+    for kind, options in (("opt", dict(enable_ema=True, eval_steps=1, **text)), ("llama", lora)):
         actor, reward, out = f"{folder}/{kind}/actor", f"{folder}/{kind}/reward", f"{folder}/{ranks}/{kind}"
         step1_sft.main(step1_sft.Config(model_name_or_path=actor, output_dir=out, **sft))
         step2_reward.main(step2_reward.Config(model_name_or_path=reward, output_dir=out, **sft))
+        step2_reward.main(step2_reward.Config(model_name_or_path=actor, output_dir=f"{out}/dpo", dpo=True, **sft))
         with mock.patch("torch.nn.init.kaiming_uniform_", spread):  # loading a model draws another number of numbers
             step3_ppo.main(step3_ppo.Config(output_dir=out, actor_model_name_or_path=actor,
                                             critic_model_name_or_path=reward, **options, **ppo))
     if ranks == 2:
         loading(folder, Config(zero_stage=3, deepspeed_config=f"{folder}/ds.json"))
+        averaging(rank, folder)
 
 
 def spread(parameter, **_):
@@ -92,6 +96,31 @@ def loading(folder, config):
         assert head.shape == (1, 32) and 0.3 < head.std() * 33 ** 0.5 < 3  # N(0, 1 / (d + 1))
 
 
+def averaging(rank, folder):
+    """The moving average at every ZeRO stage: after n updates, d^n w_0 + sum_k (1 - d) d^(n - k) w_k."""
+    for stage in range(4):
+        config = Config(zero_stage=stage, deepspeed_config=f"{folder}/ds.json", lr_scheduler_type="constant")
+        settings = setup(config)
+        model = load_model(f"{folder}/opt/actor", load_tokenizer("tiny"), settings, 64)
+        engine = train_engine(LanguageModel(model), settings, config, 1e-2, 10)
+        average, history = ExponentialMovingAverage(engine, decay=0.9), []
+        ids = torch.randint(4, 900, (2, 8), generator=torch.Generator().manual_seed(rank))
+        for update in range(4):
+            if update:
+                train_step(engine, [ids], lambda ids: -engine(ids, torch.ones_like(ids), torch.ones(2, 7))[0].sum(), 28)
+                average.update()
+            with deepspeed.zero.GatheredParameters(list(model.parameters())):
+                history.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        assert (set(average.average) == set(history[0])) == (rank == 0), stage
+        moved = 0
+        for name, found in average.average.items():
+            w = [weights[name] for weights in history]
+            expected = 0.9**3 * w[0] + sum(0.1 * 0.9 ** (3 - k) * w[k] for k in (1, 2, 3))
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0, msg=lambda m: f"ZeRO {stage}, {name}: {m}")
+            moved = max(moved, (w[3] - w[0]).abs().max())
+        assert moved > 1e-3 or rank, stage
+
+
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(("time/", "tokens_per_second", "memory"))}
@@ -104,7 +133,7 @@ def test_two_ranks_train_as_one_does(tmp_path, process_group):
     run_ranks(2, train, tmp_path)
     for kind in ("opt", "llama"):
         one, two = tmp_path / "1" / kind, tmp_path / "2" / kind
-        for name in ("sft", "reward", "actor"):
+        for name in ("sft", "reward", "dpo/actor", "actor"):
             for expected, line in zip(metrics(one / name), metrics(two / name), strict=True):
                 assert line == pytest.approx(expected, rel=1e-4, abs=1e-4), (kind, name)
         assert 2 < metrics(one / "actor")[0]["response/length"] < 10  # ragged
@@ -117,7 +146,8 @@ def test_two_ranks_train_as_one_does(tmp_path, process_group):
                 same = {name: value for name, value in numbers.items() if name != "seconds"}
                 found = json.loads((two / "summary.json").read_text())[section]
                 assert found == pytest.approx({**same, "seconds": found["seconds"]}, rel=1e-3, abs=1e-3), (kind, section)
-        for name in ("sft", "reward", "actor", "critic") + ("actor_ema",) * (kind == "opt"):
+        assert (kind == "opt") == ({"ppo/loss/ptx", "eval/kl", "eval/win_rate"} <= metrics(one / "actor")[0].keys())
+        for name in ("sft", "reward", "dpo/actor", "actor", "critic") + ("actor_ema",) * (kind == "opt"):
             weights = [load_file(folder / name / "model.safetensors") for folder in (one, two)]
             torch.testing.assert_close(weights[1], weights[0], atol=1e-4, rtol=0)
             start = load_file(tmp_path / kind / ("reward" if name in ("reward", "critic") else "actor") / "model.safetensors")

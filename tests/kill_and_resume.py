@@ -1,0 +1,127 @@
+"""
+Kills a stage at random moments, resumes it, and compares weights and metrics bitwise with those of a run left alone.
+
+    python tests/kill_and_resume.py --stage 1 --times 10               # two ranks; prints a table, exit code 1 if one differs
+
+By turns all ranks are killed (SIGKILL), one is killed, or one is asked to stop (SIGTERM); when a rank has died, the others
+are terminated as `deepspeed` does. The stages are imported once; each rank is a fork.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+
+import torch
+import torch.distributed as dist
+
+import test_resume
+from data import one_sentence
+
+HOWS = ("all ranks, SIGKILL", "one rank, SIGKILL", "one rank, SIGTERM")
+
+
+def start(stage, config, ranks, log):
+    """Process ids of the ranks; both streams of all go to the file `log`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ids = []
+    for rank in range(ranks):
+        ids.append(os.fork())
+        if ids[-1] == 0:
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            code = 1
+            try:
+                with one_sentence():
+                    stage.main(config)
+                code = 0
+            except SystemExit as stop:
+                code = stop.code
+            except BaseException as error:
+                print(f"rank {rank}: {type(error).__name__}: {error}", flush=True)
+            finally:
+                os._exit(code)
+    return ids
+
+
+def wait(ids):
+    """Exit codes of all ranks (negative: the signal). When one is not 0, the others get SIGTERM, and SIGKILL 30 s later."""
+    codes, failed = {}, None
+    while len(codes) < len(ids):
+        for pid in set(ids) - codes.keys():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid] and failed is None:
+                    failed = time.time()
+                    [os.kill(other, signal.SIGTERM) for other in set(ids) - codes.keys()]
+        if failed and time.time() > failed + 30:
+            [os.kill(other, signal.SIGKILL) for other in set(ids) - codes.keys()]
+        time.sleep(0.02)
+    return [codes[pid] for pid in ids]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
+    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--zero_stage", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    stage, section = list(test_resume.FOLDERS.items())[args.stage - 1]
+    draw, differ = random.Random(args.seed), 0
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        test_resume.inputs(folder)
+
+        def config(out, **flags):
+            return test_resume.config(stage, folder, out, args.ranks, zero_stage=args.zero_stage, max_steps=args.steps, logging_steps=1, **flags)
+
+        began = time.time()
+        assert set(wait(start(stage, config("whole"), args.ranks, folder / "log"))) == {0}, (folder / "log").read_text()
+        longest, whole = time.time() - began, test_resume.result(folder / "whole")
+        print(f"stage {args.stage}, {args.ranks} ranks, ZeRO {args.zero_stage}, {args.steps} steps, a checkpoint every 3; left alone it takes {longest:.1f} s")
+        print(f"{'':>3}  {'killed':<20}{'after':>8}{'in step':>9}{'exit codes':>12}{'resumed from':>14}   against the run left alone")
+        for number in range(args.times):
+            how, after, log = HOWS[number % 3], draw.uniform(0.1, 0.95) * longest, folder / f"log-{number}"
+            ids = start(stage, config("run"), args.ranks, log)
+            time.sleep(after)
+            for pid in ids if how == HOWS[0] else [draw.choice(ids)]:
+                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+                    os.kill(pid, signal.SIGTERM if how == HOWS[2] else signal.SIGKILL)
+            codes = wait(ids)
+            metrics = folder / "run" / section / "metrics.jsonl"
+            reached = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+            log.unlink()
+            resumed = wait(start(stage, config("run", resume=True), args.ranks, log))
+            text = log.read_text()
+            origin = text.split("checkpoint-")[1].split(":")[0] if "resumed from" in text else "end" if "done already" in text else "start"
+            try:
+                assert set(resumed) == {0}, text
+                test_resume.assert_same(whole, test_resume.result(folder / "run"))
+                verdict = "same weights, same metrics"
+            except AssertionError as error:
+                verdict, differ = f"DIFFERS: {str(error)[-1500:]}", differ + 1
+            print(f"{number + 1:>3}  {how:<20}{after:>6.2f} s{reached:>9}{' '.join(map(str, codes)):>12}{origin:>14}   {verdict}", flush=True)
+            shutil.rmtree(folder / "run")
+    sys.exit(differ > 0)
+
+
+if __name__ == "__main__":
+    main()

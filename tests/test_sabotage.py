@@ -1,0 +1,211 @@
+"""
+Ten ways in which PPO fails without a word, one at a time, and the sentence of step 3 that names each: the checks before the first update
+(preflight) or the doctor while it runs. The models are small and really trained, by steps 1 and 2, on rows that they can learn in seconds.
+"""
+
+import json
+import shutil
+from itertools import product
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hybrid_engine
+import step1_sft
+import step2_reward
+import step3_ppo
+from data import UsageError
+
+WORDS = "red blue green brown black white pink grey cold hot wet dry old new big small".split()
+THINGS = ["house", "hat", "box", "cup", "bed", "map", "pen", "sky", "dog", "cat"]
+NO_TURN = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '\\n\\nAssistant: ' + m.content + eos_token }}"
+           "{% else %}{{ '\\n\\nHuman: ' + m.content }}{% endif %}{% endfor %}")
+
+
+@pytest.fixture(scope="module")
+def flags(make_model, tokenizer, process_group, tmp_path_factory):
+    """The flags of a healthy step 3 on models that steps 1 and 2 have trained: answers of two kinds, one of them preferred."""
+    folder = tmp_path_factory.mktemp("sabotage")
+    make_model("opt").save_pretrained(folder / "start")
+    tokenizer.save_pretrained(folder / "start")
+    pairs = [{"prompt": f"The {word} {thing}?", "chosen": f"The {thing} is {word}.", "rejected": f"It is {word} {word} {word}."}
+             for word, thing in product(WORDS, THINGS)]
+    shown = [{"prompt": row["prompt"], "response": row["rejected" if i % 5 < 3 else "chosen"]} for i, row in enumerate(pairs)]  # 40% are good
+    for name, rows in (("shown", shown), ("pairs", pairs)):
+        (folder / name).mkdir()
+        (folder / name / "train.json").write_text(json.dumps([row for i, row in enumerate(rows) if i % 3]))
+        (folder / name / "test.json").write_text(json.dumps(rows[::3]))
+    common = dict(output_dir=str(folder), max_seq_len=64, max_prompt_seq_len=24, max_answer_seq_len=16, logging_steps=20, seed=0)
+    step1_sft.main(step1_sft.Config(data_path=[str(folder / "shown")], model_name_or_path=str(folder / "start"), max_steps=80, learning_rate=1e-2,
+                                    data_split="1,0,0", per_device_train_batch_size=16, **common))
+    common["data_path"] = [str(folder / "pairs")]
+    step2_reward.main(step2_reward.Config(model_name_or_path=str(folder / "sft"), max_steps=15, learning_rate=3e-3, data_split="0,1,0", **common))
+    return {**common, "actor_model_name_or_path": str(folder / "sft"), "critic_model_name_or_path": str(folder / "reward"), "data_split": "0,0,1",
+            "per_device_generation_batch_size": 32, "per_device_train_batch_size": 8, "actor_learning_rate": 2e-3, "critic_learning_rate": 2e-3,
+            "kl_coef": 0.2, "max_steps": 60}
+
+
+def ppo(flags, folder, **changes):
+    """Step 3 with those changes -> what the doctor said."""
+    step3_ppo.main(step3_ppo.Config(**{**flags, "output_dir": str(folder), **changes}))
+    return "\n".join(json.loads((folder / "summary.json").read_text())["doctor"])
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "actor/metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_healthy_run_learns_and_passes_in_silence(flags, tmp_path, capsys):
+    """From 40% good answers to nearly all, at a few nats."""
+    assert ppo(flags, tmp_path) == ""
+    assert "preflight: 8 checks passed" in capsys.readouterr().out
+    metrics = read_metrics(tmp_path)
+    scores = [line["objective/scores"] for line in metrics]
+    assert sum(scores[-5:]) / 5 > scores[0] + 0.5 and metrics[-1]["objective/kl"] < 5
+
+
+def test_preflight_leaves_no_trace(flags, tmp_path):
+    """The same numbers and weights, bit for bit, with and without it."""
+    results = []
+    for skip in (False, True):
+        torch.manual_seed(0)
+        ppo(flags, tmp_path / str(skip), skip_preflight=skip, max_steps=3, per_device_train_batch_size=8)
+        metrics = [{name: value for name, value in line.items() if not name.startswith(("time", "memory", "tokens_per"))}
+                   for line in read_metrics(tmp_path / str(skip))]
+        results.append((metrics, load_file(tmp_path / str(skip) / "actor/model.safetensors"), torch.get_rng_state()))
+    (metrics, weights, state), (plain_metrics, plain_weights, plain_state) = results
+    assert metrics == plain_metrics and len(metrics) == 3
+    assert all(torch.equal(weights[name], plain_weights[name]) for name in plain_weights) and torch.equal(state, plain_state)
+
+
+# -----------------------------------------------------------------------------
+# stopped before the first update: each returns changes of the flags, after it broke one thing
+
+def dropout_left_on(flags, folder, patch):
+    patch(hybrid_engine, "disable_dropout", lambda config: None)
+    shutil.copytree(flags["actor_model_name_or_path"], folder / "sft")
+    config = json.loads((folder / "sft/config.json").read_text())
+    (folder / "sft/config.json").write_text(json.dumps({**config, "dropout": 0.1}))  # OPT's default, called as a function
+    return {"actor_model_name_or_path": str(folder / "sft")}
+
+
+def mask_without_eos(flags, folder, patch):
+    generate = hybrid_engine.InferenceEngine.generate
+
+    def short(self, *args, **kwargs):
+        rollout = generate(self, *args, **kwargs)
+        rollout.mask[:, :-1] = rollout.mask[:, 1:].clone()
+        rollout.mask[:, -1] = 0
+        rollout.mask[:, 0] = 1
+        return rollout
+
+    patch(hybrid_engine.InferenceEngine, "generate", short)
+    return {}
+
+
+def logprobs_of_the_token_before(flags, folder, patch):
+    forward = hybrid_engine.LanguageModel.forward
+    patch(hybrid_engine.LanguageModel, "forward",
+          lambda self, ids, real, mask, temperature=1.0: forward(self, ids.roll(1, 1), real, mask, temperature))
+    return {}
+
+
+def score_on_padding(flags, folder, patch):
+    def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+        after = mask.sum(1).long().clamp(max=mask.size(1) - 1)
+        return (-kl_coef * (logprobs - ref_logprobs) * mask).scatter_add(1, after[:, None], scores[:, None])
+
+    patch(step3_ppo, "shape_rewards", shape_rewards)
+    return {}
+
+
+def no_assistant_turn(flags, folder, patch):
+    return {"chat_template": NO_TURN}
+
+
+def another_template_than_the_reward_models(flags, folder, patch):
+    return {"chat_template": NO_TURN.replace("Human", "User") + "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"}
+
+
+def reward_model_untrained(flags, folder, patch):
+    config = {name: flags[name] for name in ("data_path", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")}
+    step2_reward.main(step2_reward.Config(model_name_or_path=flags["actor_model_name_or_path"], output_dir=str(folder), max_steps=1, learning_rate=0.0,
+                                          **config))
+    if json.loads((folder / "summary.json").read_text())["reward"]["accuracy"] > 0.5:  # a new head is as good as its negative
+        weights = load_file(folder / "reward/model.safetensors")
+        save_file({**weights, "score.weight": -weights["score.weight"]}, folder / "reward/model.safetensors", {"format": "pt"})
+    return {"critic_model_name_or_path": str(folder / "reward")}
+
+
+def eos_never_sampled(flags, folder, patch):
+    sample = hybrid_engine.sample
+    patch(hybrid_engine, "sample", lambda logits, *args, **options: sample(logits.index_fill(1, torch.tensor([2]), -1e9), *args, **options))
+    return {}
+
+
+def other_ids(folder):
+    """The tokenizer of a folder, all of whose words have other ids."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    words = {word: i for word, i in tokenizer["model"]["vocab"].items() if i >= 260}  # after the special tokens and the bytes
+    tokenizer["model"]["vocab"].update(zip(words, reversed(words.values())))
+    path.write_text(json.dumps(tokenizer))
+
+
+def reward_model_with_another_tokenizer(flags, folder, patch):
+    shutil.copytree(flags["critic_model_name_or_path"], folder / "reward")
+    other_ids(folder / "reward")
+    return {"critic_model_name_or_path": str(folder / "reward")}
+
+
+def wrong_tokenizer_everywhere(flags, folder, patch):
+    for name in ("actor", "critic"):
+        shutil.copytree(flags[f"{name}_model_name_or_path"], folder / name)
+        other_ids(folder / name)
+    return {"actor_model_name_or_path": str(folder / "actor"), "critic_model_name_or_path": str(folder / "critic")}
+
+
+@pytest.mark.parametrize("sabotage, named", [
+    (dropout_left_on, "dropout: .*set every dropout"),
+    (mask_without_eos, "rewards: the response mask of .* answers does not end with their EOS"),
+    (logprobs_of_the_token_before, "sampler: .*shift by one token"),
+    (score_on_padding, "rewards: the scores of .* are not on their last token"),
+    (no_assistant_turn, "text: 32 of 32 prompts do not end .*--chat_template"),
+    (another_template_than_the_reward_models, "text: .*reward has another chat template .*--chat_template"),
+    (reward_model_untrained, "preference: .*is not trained for these data"),
+    (eos_never_sampled, "ending: no rollout ended"),
+    (reward_model_with_another_tokenizer, "its tokenizer has another vocabulary"),
+    (wrong_tokenizer_everywhere, "ending: .*has the wrong tokenizer"),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_preflight_names(sabotage, named, flags, tmp_path, monkeypatch):
+    changes = sabotage(flags, tmp_path, monkeypatch.setattr)
+    with pytest.raises(UsageError, match=f"(?s){named}"):
+        ppo(flags, tmp_path / "output", **changes)
+    assert not (tmp_path / "output/actor").exists()  # nothing was trained
+
+
+# -----------------------------------------------------------------------------
+# named while it runs
+
+def test_the_doctor_names_stale_log_probabilities(flags, tmp_path, monkeypatch):
+    """Old log-probabilities from the weights of the start: right before the first update, and further off after each."""
+    generate_experience = step3_ppo.DeepSpeedPPOTrainer.generate_experience
+
+    def stale(self, prompt_batch):
+        actor, self.engine.actor = self.engine.actor, self.engine.ref
+        try:
+            return generate_experience(self, prompt_batch)
+        finally:
+            self.engine.actor = actor
+
+    monkeypatch.setattr(step3_ppo.DeepSpeedPPOTrainer, "generate_experience", stale)
+    assert "old log-probabilities are of an older policy" in ppo(flags, tmp_path, max_steps=10)
+
+
+def test_the_doctor_names_a_learning_rate_100_times_too_high(flags, tmp_path):
+    assert "--actor_learning_rate is too high" in ppo(flags, tmp_path, actor_learning_rate=100 * flags["actor_learning_rate"], max_steps=20)
+
+
+def test_the_doctor_names_a_kl_coefficient_of_zero(flags, tmp_path):
+    assert "--kl_coef is 0" in ppo(flags, tmp_path, kl_coef=0.0)
