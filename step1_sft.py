@@ -25,11 +25,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from bench.memory_plan import dry_run, empty_model
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (Checkpoints, EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum,
-                           dry_run, empty_model, load_model, mean, parameter_count, print0, run_stage, save_model,
-                           setup, to_device, train_engine, train_step, write_summary)
+                           load_model, mean, parameter_count, print0, run_stage, save_model, setup, to_device,
+                           train_engine, train_step, write_summary)
 
 
 @dataclass

@@ -37,12 +37,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from bench.memory_plan import dry_run, empty_model
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (Checkpoints, EngineConfig, InferenceEngine, LanguageModel, MetricsLog, RewardModel,
-                           adapters_off, add_lora, all_sum, device, dry_run, empty_model, frozen_engine, last_token,
-                           load_model, mean, parameter_count, print0, run_stage, save_model, setup, to_device,
-                           train_engine, train_step, write_summary)
+                           adapters_off, add_lora, all_sum, device, frozen_engine, last_token, load_model, mean,
+                           parameter_count, print0, run_stage, save_model, setup, to_device, train_engine, train_step,
+                           write_summary)
 
 
 @dataclass

@@ -46,13 +46,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from bench.doctor import RunDoctor
+from bench.memory_plan import dry_run, empty_model
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, UsageError, count_steps, decode_answers,
                   encode_text, flag, gold_scorer, load_records, load_tokenizer, make_dataloader, pad, rank_share,
                   training_steps)
 from hybrid_engine import (Checkpoints, EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel,
-                           MetricsLog, RewardModel, adapters_off, add_lora, all_sum, device, dry_run, empty_model,
-                           frozen_engine, last_token, load_model, mean, memory_gb, parameter_count, print0, run_stage,
-                           save_model, setup, tensor_parallel_group, to_device, train_engine, train_step, write_summary)
+                           MetricsLog, RewardModel, adapters_off, add_lora, all_sum, device, frozen_engine, last_token,
+                           load_model, mean, memory_gb, parameter_count, print0, run_stage, save_model, setup,
+                           tensor_parallel_group, to_device, train_engine, train_step, write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
@@ -591,9 +592,9 @@ def preflight(trainer, dataloader, records, total_steps):
     if failed:
         raise UsageError("preflight stops the run before any training (--skip_preflight starts it as it is).\n  "
                          + "\n  ".join(failed))
-    for name in mild:
-        if found[name]:
-            print0(f"preflight: warning: {name}: {found[name]}")
+    for name, sentence in found.items():
+        if sentence and name in mild:
+            print0(f"preflight: warning: {name}: {sentence}")
     passed = sum(not sentence for sentence in found.values())
     print0(f"preflight: {passed} checks passed ({time.time() - began:.1f} s)")
 
@@ -825,8 +826,9 @@ def main(config):
                       ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
                       ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor, checkpoints.done)
     doctor = RunDoctor(engine.actor.gradient_clipping())
-    for line in open(f"{folder}/metrics.jsonl") if checkpoints.done else ():
-        doctor(json.loads(line))
+    if checkpoints.done and rank == 0:  # it has seen the steps before the resume
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            doctor(json.loads(line))
     for step, prompt_batch in training_steps(train_loader, total_steps, checkpoints.done):
         out = trainer.generate_experience(prompt_batch)
         if scorer:

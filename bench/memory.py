@@ -74,7 +74,8 @@ def planned(arguments):
     """MB at the highest peak."""
     import step3_ppo
     from data import parse_config
-    from hybrid_engine import deepspeed_settings, memory_plan
+    from bench.memory_plan import memory_plan
+    from hybrid_engine import deepspeed_settings
     config = parse_config(step3_ppo.Config, "", arguments)
     peaks = memory_plan(step3_ppo.planned_models(config), deepspeed_settings(config), 1, ROWS // 2, P + R, R, ROWS,
                         config.gradient_checkpointing, cpu=True)[1]

@@ -79,7 +79,7 @@ def _decode_cpu(q, cache_k, cache_v, end, scale, window, bias):
                 either form, so where most columns are seen all are multiplied, unwritten ones too, and sliced after it
     weights v   as embedding_bag, a sum of weighted rows, 0.33; as a product 0.64, but that serves a whole group at once
     """
-    (B, H, D), (_, KVH, T, _), end = q.shape, cache_k.shape, int(end)
+    (_, H, D), (_, KVH, T, _), end = q.shape, cache_k.shape, int(end)
     first = max(0, end - window) if window else 0
     k, v = cache_k.flatten(0, 1), cache_v.flatten(0, 1)  # (B KVH, T, D)
     queries = q.reshape(len(k), -1, D).transpose(1, 2)  # (B KVH, D, G)

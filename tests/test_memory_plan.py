@@ -8,7 +8,8 @@ import torch
 
 import step3_ppo
 from data import parse_config
-from hybrid_engine import EngineConfig, InferenceEngine, empty_model, epoch_hours, memory_plan, training_flops
+from bench.memory_plan import empty_model, epoch_hours, memory_plan, training_flops
+from hybrid_engine import EngineConfig, InferenceEngine
 
 GB = 2**30
 

@@ -203,7 +203,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group
             whole, resumed = result(folder / (name + "-whole")), result(folder / f"{name}-{ranks}")
             for line, expected in zip(resumed[1], whole[1], strict=True):
                 assert line == pytest.approx(expected, rel=1e-3, abs=1e-4), (name, ranks)
-            torch.testing.assert_close(resumed[0], whole[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(resumed[0], whole[0], atol=2e-6, rtol=0)
     with pytest.raises(UsageError, match="per_device_train_batch_size x gradient_accumulation_steps x processes 4, and now it is 8"):
         train(step1_sft, folder, "sft-2", 1, resume=True, zero_stage=2, per_device_train_batch_size=8)
 
