@@ -69,11 +69,11 @@ def one_sentence():
 # -----------------------------------------------------------------------------
 # flags
 
-def flag(default, text):
-    """A config field: its default, and the line that --help shows."""
+def flag(default, text, **options):
+    """A config field: its default, the line that --help shows, and argparse's options."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text, **options})
 
 
 @dataclass

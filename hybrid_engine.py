@@ -87,6 +87,10 @@ class EngineConfig:
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / dim; 0: alpha = 2 dim")
     lora_module_name: str = flag("", "adapt linear layers whose name contains this; default: all in the blocks")
     only_optimize_lora: bool = flag(False, "freeze everything but the adapters")
+    dry_run: int = flag(0, "print the plan of memory, time and cost, load nothing, stop: alone for this machine's "
+                           "processes, with a number for so many GPUs", nargs="?", const=-1)
+    device_tflops: float = flag(50.0, "of --dry_run: TFLOP/s a device sustains; DeepSpeed-Chat's A100s 43 to 82")
+    device_price: float = flag(4.0, "of --dry_run: dollars a device-hour")
 
 
 def run_stage(main, config_class, doc):
@@ -343,7 +347,7 @@ STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # s
 
 
 def write_summary(config, section, values, model, **others):
-    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside those of the stages before it."""
+    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside what earlier stages put there."""
     if dist.get_rank() != 0:
         return {}
     path = Path(config.output_dir) / "summary.json"
@@ -376,11 +380,7 @@ def load_model(name_or_path, tokenizer, settings, tokens, head="lm", score_from_
                    (Stiennon et al. 2020, appendix; its variance keeps first scores near unit scale)
     """
     auto = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
-    try:
-        config = AutoConfig.from_pretrained(HERE / "configs" / "tiny.json" if name_or_path == "tiny" else name_or_path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{name_or_path}: not a model folder, and not found on the hub ({first_line(error)}). "
-                         "A model folder holds config.json, weights (model.safetensors) and a tokenizer.") from error
+    config = read_config(name_or_path)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and tokens > positions:
         raise UsageError(f"{name_or_path} has {positions} positions and {tokens} tokens were asked for; lower "
@@ -421,6 +421,15 @@ def load_model(name_or_path, tokenizer, settings, tokens, head="lm", score_from_
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
     return model
+
+
+def read_config(name_or_path):
+    """The Hugging Face config of a folder, a hub name or `tiny`."""
+    try:
+        return AutoConfig.from_pretrained(HERE / "configs" / "tiny.json" if name_or_path == "tiny" else name_or_path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{name_or_path}: not a model folder, and not found on the hub ({first_line(error)}). "
+                         "A model folder holds config.json, weights (model.safetensors) and a tokenizer.") from error
 
 
 def disable_dropout(config):
@@ -673,6 +682,8 @@ def train_engine(model, settings, config, learning_rate, total_steps):
     warmup = min(config.num_warmup_steps, total_steps)
     schedule = get_scheduler(config.lr_scheduler_type, optimizer, warmup, total_steps)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
+    if dist.get_world_size() == 1 and settings["zero_optimization"]["stage"] == 0:
+        engine.enable_backward_allreduce = False  # there is nobody to sum with, and it copies all gradients to do so
     return engine
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from bench.memory_plan import dry_run, empty_model
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (Checkpoints, EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum,
@@ -65,6 +66,9 @@ def perplexity(model, dataloader):
 
 
 def main(config):
+    if config.dry_run:
+        return dry_run(config, {"model": empty_model(config.model_name_or_path, config)}, config.max_seq_len,
+                       config.max_seq_len)
     began = time.time()
     settings = setup(config)
     checkpoints = Checkpoints(config, "sft")

@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from bench.memory_plan import dry_run, empty_model
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
                   load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (Checkpoints, EngineConfig, InferenceEngine, LanguageModel, MetricsLog, RewardModel,
@@ -113,6 +114,12 @@ def evaluate(score_pairs, dataloader):
 
 
 def main(config):
+    if config.dry_run:
+        models = {"model": empty_model(config.model_name_or_path, config, "lm" if config.dpo else "score")}
+        if config.dpo and not config.only_optimize_lora:
+            models["ref"] = empty_model(config.model_name_or_path, config, trained=False)
+        pair = 2 * config.max_seq_len  # tokens
+        return dry_run(config, models, pair, pair if config.dpo else 0)
     began = time.time()
     settings = setup(config)
     section = "dpo" if config.dpo else "reward"

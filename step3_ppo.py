@@ -41,11 +41,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from bench.doctor import RunDoctor
+from bench.memory_plan import dry_run, empty_model
 from data import (Collator, DataConfig, EncodedDataset, MicroBatches, UsageError, count_steps, decode_answers,
                   encode_text, flag, gold_scorer, load_records, load_tokenizer, make_dataloader, pad, rank_share,
                   training_steps)
@@ -591,9 +592,9 @@ def preflight(trainer, dataloader, records, total_steps):
     if failed:
         raise UsageError("preflight stops the run before any training (--skip_preflight starts it as it is).\n  "
                          + "\n  ".join(failed))
-    for name in mild:
-        if found[name]:
-            print0(f"preflight: warning: {name}: {found[name]}")
+    for name, sentence in found.items():
+        if sentence and name in mild:
+            print0(f"preflight: warning: {name}: {sentence}")
     passed = sum(not sentence for sentence in found.values())
     print0(f"preflight: {passed} checks passed ({time.time() - began:.1f} s)")
 
@@ -643,8 +644,8 @@ def check_logprobs(trainer, x, noise):
         "random: set every dropout in its config.json to 0, functional ones too (disable_dropout in hybrid_engine.py).",
         "sampler": random <= noise < max(old, drift) and
         f"the log-probabilities of the rollout are {max(old, drift):.2g} nats a token from the training forward's, so "
-        "the first ratio is not 1: the sampler's weights, temperature, mask or shift by one token are not the trainer's "
-        f"(--temperature {args.temperature}, generate_experience).",
+        "the first ratio is not 1: the sampler's weights, temperature, mask or shift by one token are not the "
+        f"trainer's (--temperature {args.temperature}, generate_experience).",
         "reference": kl > noise and
         f"actor and reference are {kl:.2g} nats a token apart before the first update: both must be loaded from "
         f"--actor_model_name_or_path {args.actor_model_name_or_path}, dropout off."}
@@ -716,10 +717,10 @@ def check_ending(trainer, records):
     actor = f"--actor_model_name_or_path {args.actor_model_name_or_path}"
     if nats > 0.9 * math.log(V):
         return (f"the actor gives the held-out answers {nats:.1f} nats a token, where guessing among its {V} tokens "
-                f"gives {math.log(V):.1f}: {actor} has the wrong tokenizer beside it, or was not trained (step1_sft.py).")
+                f"gives {math.log(V):.1f}: {actor} has the wrong tokenizer beside it, or is untrained (step1_sft.py).")
     if after < max(0.01, 3 * inside):
         return (f"the actor's probability of EOS is {after:.2g} after the held-out answers and {inside:.2g} in the "
-                f"middle of them: it has not learned to stop. Train {actor} on answers that end with EOS (step1_sft.py).")
+                f"middle of them: it has not learned to stop. Train {actor} on answers that do (step1_sft.py).")
     return ended == 0 and fits > 0.5 and (
         f"no rollout ended within --max_answer_seq_len {args.max_answer_seq_len}, though the actor expects EOS after "
         f"the held-out answers (probability {after:.2g}) and most are shorter: eos_token_id {engine.eos_token_ids} of "
@@ -752,123 +753,25 @@ def check_preference(engine, records, args):
         "accuracy), or reads them by another chat template."), accuracy <= 0.5 and count >= 32
 
 
-# -----------------------------------------------------------------------------
-# during the run, and after it: what its metrics say
-
-class RunDoctor:
-    """
-    One plain sentence per anomaly of a PPO run and what to change, from its metrics alone; again only if it persists
-    for 200 steps. Of a finished run: `for line in open("output/actor/metrics.jsonl"): doctor(json.loads(line))`.
-
-    clip        gradient_clipping of the DeepSpeed config; 0: none
-    sentences   all that were said, in order
-    """
-
-    def __init__(self, clip=0.0):
-        self.clip, self.history, self.said, self.sentences = clip, [], {}, []
-
-    def __call__(self, metrics):
-        """metrics of one more step, a line of metrics.jsonl -> the new sentences."""
-        self.history.append(metrics)
-        step, new = len(self.history), []
-        for kind, sentence in diagnose(self.history, self.clip).items():
-            if step - self.said.get(kind, -200) >= 200:
-                self.said[kind] = step
-                new.append(f"step {metrics.get('step', step)}: {sentence}")
-        self.sentences += new
-        return new
-
-
-def diagnose(history, clip=0.0):
-    """
-    history   list of dicts, the lines of metrics.jsonl up to now
-    returns   {kind: sentence} of what is wrong at its end. Thresholds leave room around healthy runs: they are meant
-              for runs that fail, and a run that passes them may still be a bad one
-    """
-    found, n = {}, len(history)
-    column = lambda name, part=slice(None): np.array([row[name] for row in history[part] if name in row], float)
-    last = lambda name, steps=10: column(name, slice(-steps, None))
-    first = lambda name, steps=10: column(name, slice(steps))
-    broken = [name for name, value in history[-1].items() if isinstance(value, float) and not math.isfinite(value)]
-    if broken:
-        return {"not finite": f"{', '.join(broken[:3])} is not a finite number: the weights are lost. Start again with "
-                              "a lower learning rate, or in bf16 or fp32 where this was fp16."}
-    kl, kl_coef = column("objective/kl", slice(-30, None)), history[-1].get("objective/kl_coef", 1.0)
-    if n >= 5 and kl[-5:].mean() > (20 if kl_coef else 5):
-        text = f"the KL to the reference is {kl[-5:].mean():.0f} nats a response"
-        if kl_coef == 0:
-            found["kl runs away"] = f"{text} and --kl_coef is 0: nothing holds the actor; set --kl_coef 0.05."
-        elif n < 30 or kl[-15] < 5:
-            found["kl runs away"] = (f"{text}, after few steps: --actor_learning_rate is too high; lower it tenfold.")
-        else:
-            found["kl runs away"] = f"{text}: raise --kl_coef (now {kl_coef:.3g}), or hold it with --kl_target 10."
-    if n >= 20 and kl[-20:].mean() < -max(0.1, 3 * kl[-20:].std(ddof=1) / 20**0.5):
-        found["kl negative"] = (
-            f"the KL to the reference is {kl[-20:].mean():.2f} nats a response over 20 steps, and no true KL is "
-            "negative: answers are not drawn from the policy whose log-probabilities are used. Set --top_p 1, and look at "
-            "--temperature, the mask and the sampler.")
-    drift = last("response/logprob_drift", 5)
-    if n >= 5 and drift.mean() > min(0.05, max(1e-3, 5 * first("response/logprob_drift", 1).sum())):
-        found["drift"] = (
-            f"the sampler's log-probabilities are {drift.mean():.2g} nats a token from the trainer's: the sampler does "
-            "not read the trained weights, or old log-probabilities are of an older policy. In float32 it is a fault; in "
-            "bf16 try fp32 for the head.")
-    approxkl, ratio = last("ppo/policy/approxkl", 5), last("ppo/policy/ratio", 5)
-    if n >= 5 and (approxkl.mean() > 0.1 or abs(ratio.mean() - 1) > 0.2):
-        found["ratio"] = (
-            f"the actor moves too far within one rollout (approximate KL {approxkl.mean():.2g} nats a token, ratio "
-            f"{ratio.mean():.2g}): lower --actor_learning_rate or --ppo_epochs.")
-    if n >= 20:
-        found |= compare(first, last)
-    if n >= 50 and (last("ppo/val/var_explained", 50) < 0).all() and "ppo/val/var_explained" in history[-1]:
-        found["critic"] = (
-            "the critic has explained less than nothing of the returns for 50 steps (ppo/val/var_explained under 0): "
-            "change --critic_learning_rate, and see that the critic starts from the reward model.")
-    for name, flag_name in (("policy", "actor"), ("val", "critic")):
-        norms = last(f"ppo/{name}/grad_norm", 50)
-        if clip and len(norms) == 50 and norms.min() > 2 * clip:
-            found[f"{name} clipped"] = (
-                f"the {flag_name}'s gradient has been clipped at every one of 50 steps (norm {np.median(norms):.2g}, "
-                f"gradient_clipping {clip:g}), so its length is lost: raise gradient_clipping in the DeepSpeed config, "
-                f"or make batches larger; --{flag_name}_learning_rate then means what it says.")
-    gold, scores = column("objective/gold"), column("objective/scores")
-    if n >= 20 and len(gold) == n:
-        means = np.convolve(gold, np.ones(10) / 10, "valid")  # of 10 steps each
-        best = int(means.argmax())
-        fall, rise = means[best] - means[-1], scores[-10:].mean() - scores[best:best + 10].mean()
-        gold_error, score_error = gold[-10:].std(ddof=1) / 10**0.5, scores[-10:].std(ddof=1) / 10**0.5
-        if fall > max(0.1, 6 * gold_error) and rise > 2 * score_error:
-            found["reward hacking"] = (
-                f"since step {best + 10} the learned score rose from {scores[best:best + 10].mean():.2f} to "
-                f"{scores[-10:].mean():.2f} while gold fell from {means[best]:.2f} to {means[-1]:.2f}: the actor "
-                "exploits the reward model. Raise --kl_coef, stop earlier, or train the reward model on such answers.")
-    return found
-
-
-def compare(first, last):
-    """What changed from the first 10 steps to the last 10, as `diagnose` tells it."""
-    found = {}
-    was, now = first("objective/entropy").mean(), last("objective/entropy").mean()
-    if now < 0.03 * was:
-        found["entropy"] = (f"entropy collapsed from {was:.2g} to {now:.2g} nats a token: all answers are becoming "
-                            "one. Raise --kl_coef, lower --actor_learning_rate or stop earlier.")
-    was, now = first("response/ended").mean(), last("response/ended").mean()
-    if now < was - 0.2:
-        found["ended"] = (f"{now:.0%} of the answers end with EOS, {was:.0%} did at first: set --missing_eos_penalty "
-                          "1, or raise --max_answer_seq_len if they are cut.")
-    was, now = first("objective/scores"), last("objective/scores")
-    if now.mean() < was.mean() - 5 * was.std(ddof=1) - 0.1:
-        found["score"] = (f"the score fell from {was.mean():.2f} to {now.mean():.2f}: the actor is getting worse by "
-                          "the reward's own measure. Lower --actor_learning_rate.")
-    lengths, scores = last("response/length", 50), last("objective/scores", 50)
-    was, now = first("response/length").mean(), lengths[-10:].mean()
-    if len(lengths) == 50 and now > 1.5 * was and np.corrcoef(lengths, scores)[0, 1] > 0.7:
-        found["length"] = (f"answers grow with the score (from {was:.0f} to {now:.0f} tokens): the reward may be "
-                           "paying for length. Read some, and see how length and score correlate in step 2's held-out pairs.")
-    return found
+def planned_models(config):
+    """The models of DeepSpeedRLHFEngine without weights, for --dry_run; the one that generates comes first."""
+    actor, critic = config.actor_model_name_or_path, config.critic_model_name_or_path
+    models = {"actor": empty_model(actor, config)}
+    if not (config.lora_dim and config.only_optimize_lora):
+        models["ref"] = empty_model(actor, config, trained=False)
+    scorers = [name for name in config.reward_fn or [critic] if not name.rpartition(":")[0].endswith(".py")]
+    for i, name in enumerate(scorers):
+        models[f"reward {i + 1}" if i else "reward"] = empty_model(name, config, "score", trained=False)
+    if config.advantage == "gae":
+        models["critic"] = empty_model(critic, config, "score")
+    return models
 
 
 def main(config):
+    if config.dry_run:
+        longest = config.max_prompt_seq_len + config.max_answer_seq_len
+        return dry_run(config, planned_models(config), longest, config.max_answer_seq_len,
+                       config.per_device_generation_batch_size * config.num_generations)
     began = time.time()
     setup(config)
     checkpoints = Checkpoints(config, "ppo")

@@ -16,13 +16,18 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not bench/: its kernels.py would stand before kernels/
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not bench/: its kernels.py would stand before kernels/
 import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 
 from hybrid_engine import InferenceEngine
+
+
+def tiny():
+    return OPTForCausalLM(OPTConfig.from_json_file(ROOT / "configs" / "tiny.json")).eval()
 
 
 def opt(width, layers, heads, vocabulary, dtype):
@@ -39,7 +44,7 @@ def llama(width, layers, heads, kv_heads, vocabulary, dtype):
 
 # name -> model, batch, prompt, response
 SHAPES = {
-    "tiny": (lambda: opt(192, 4, 4, 1000, torch.float32), 64, 20, 24),
+    "tiny": (tiny, 64, 20, 24),
     "opt-125m": (lambda: opt(768, 12, 12, 50272, torch.bfloat16), 16, 128, 128),
     "opt-125m-fp32": (lambda: opt(768, 12, 12, 50272, torch.float32), 16, 128, 128),
     "llama-gqa": (lambda: llama(768, 12, 12, 4, 32000, torch.bfloat16), 16, 128, 128),

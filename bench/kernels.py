@@ -10,6 +10,7 @@ large copy or a large matmul timed in the same run; a CPU whose caches hold the 
 table is also written to bench/results/. Run the tests first: a wrong kernel can be as fast as it likes.
 """
 import json
+import multiprocessing
 import pathlib
 import platform
 import statistics
@@ -108,6 +109,34 @@ def bench_logprob():
                lambda: logprob.linear_logprobs_reference(hidden, weight, targets), 0, flop)
     both = [with_grad(f, hidden, weight, targets) for f in (logprob.linear_logprobs, logprob.linear_logprobs_reference)]
     yield ("  with backward", *both, 0, 3 * flop)
+
+
+def peak_memory(name):
+    """MB that forward and backward of an OPT-125M head on 1,024 tokens need at once, the weight's gradient included."""
+    def resident(field):
+        return int(pathlib.Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) / 2**10
+
+    hidden, weight = randn(1024, 768).requires_grad_(True), (0.02 * randn(V, 768)).requires_grad_(True)
+    targets, form = integers(V, 1024), getattr(logprob, name)
+    with_grad(form, hidden, weight[:8].detach(), targets % 8)()  # the first call's workspaces are no part of it
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated() / 2**20
+    else:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the high-water mark so far
+        before = resident("VmRSS")
+    with_grad(form, hidden, weight, targets)()
+    return (torch.cuda.max_memory_allocated() / 2**20 if GPU else resident("VmHWM")) - before
+
+
+def print_peaks():
+    """Each form in a process of its own: memory that one has freed must not serve the other."""
+    if not GPU and not pathlib.Path("/proc/self/clear_refs").exists():
+        return
+    names = ("linear_logprobs", "linear_logprobs_reference")
+    ours, plain = (multiprocessing.get_context("spawn").Pool(1).apply(peak_memory, (name,)) for name in names)
+    print(f"\nlinear_logprobs (1024, 768) x {V} with backward, peak memory: {ours:.0f} MB, definition {plain:.0f} MB, "
+          f"ratio {ours / plain:.2f}")
 
 
 def bench_sampling():
@@ -209,6 +238,8 @@ def main():
             times = f"{theirs * 1e6:.1f} | {ours * 1e6:.1f} | {theirs / ours:.2f}"
             lines.append(f"| {what} | {times} | {rate} | {share:.2f} |")
             print(lines[-1], flush=True)
+    if "logprob" in (sys.argv[1:] or ops):
+        print_peaks()
     if GPU:
         folder = ROOT / "bench" / "results"
         folder.mkdir(parents=True, exist_ok=True)

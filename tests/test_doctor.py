@@ -6,7 +6,7 @@ import math
 import pytest
 
 import step3_ppo
-from step3_ppo import RunDoctor, diagnose
+from bench.doctor import RunDoctor, diagnose
 
 
 def history(steps=120, **changes):

@@ -53,6 +53,7 @@ CASES = [  # B, H, KVH, T, D, end, alibi, window
     (2, 6, 1, 300, 80, 130, True, 0),  # splits with nothing to do, one KV head
     (5, 4, 2, 200, 32, 200, False, 33),  # a local window, a full cache
     (2, 2, 2, 260, 160, 259, True, 100),
+    (3, 4, 2, 50, 32, 48, False, 40),  # a window over most of the cache
 ]
 
 

@@ -1,0 +1,31 @@
+"""
+The headline numbers of several runs side by side, as a Markdown table with mean and spread.
+
+    for s in 1 2 3 4 1234; do bash run_all.sh tiny cpu --seed $s --output_dir runs/$s; done
+    python bench/seeds.py runs/*
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+COLUMNS = [("SFT perplexity", "sft", "perplexity"), ("SFT gold", "sft", "gold"), ("reward accuracy", "reward", "accuracy"),
+           ("PPO gold", "ppo", "gold"), ("win rate", "ppo", "win_rate"), ("KL, nats", "ppo", "kl")]
+
+
+def main(folders):
+    summaries = [json.loads((Path(folder) / "summary.json").read_text()) for folder in folders]
+    rows = [[summary[stage][name] for _, stage, name in COLUMNS] for summary in summaries]
+    print("| seed |" + "".join(f" {title} |" for title, _, _ in COLUMNS) + " doctor |")
+    print("|---|" + "---:|" * len(COLUMNS) + "---|")
+    for summary, row in zip(summaries, rows):
+        said = len(summary["doctor"])
+        print(f"| {summary['seed']} |" + "".join(f" {value:.3f} |" for value in row) + f" {said or 'nothing'} |")
+    if len(rows) > 1:
+        spread = [f" {statistics.mean(column):.3f} ± {statistics.stdev(column):.3f} |" for column in zip(*rows)]
+        print("| mean ± sd |" + "".join(spread) + " |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
