@@ -87,8 +87,8 @@ def stop_at(monkeypatch, step, how):
     monkeypatch.setattr(hybrid_engine.MetricsLog, "__call__", logged)
 
 
-@pytest.mark.parametrize("stage", FOLDERS, ids=FOLDERS.values())
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("stage, zero_stage", [(step1_sft, 2), (step2_reward, 3), (step3_ppo, 0), (step3_ppo, 3)],
+                         ids=["sft-2", "reward-3", "ppo-0", "ppo-3"])
 def test_sigterm_then_resume_is_the_uninterrupted_run(stage, zero_stage, folder, process_group, monkeypatch, capsys):
     name = f"{FOLDERS[stage]}-{zero_stage}"
     train(stage, folder, name + "-whole", zero_stage=zero_stage)
