@@ -766,7 +766,7 @@ def to_device(batch):
 ANY_VALUE = {  # flags that may change when a run is resumed, or that count through what resolved_config derives
     "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size", "gradient_accumulation_steps",
     "per_device_generation_batch_size", "inference_tp_size", "logging_steps", "save_steps", "save_total_limit",
-    "resume", "skip_preflight"}
+    "resume", "skip_preflight", "device_tflops", "device_price"}
 
 
 def resolved_config(config, section):

@@ -3,8 +3,8 @@ Kills a stage at random moments, resumes it, and compares weights and metrics bi
 
     python tests/kill_and_resume.py --stage 1 --times 10               # two ranks; prints a table, exit code 1 if one differs
 
-By turns all ranks are killed (SIGKILL), one is killed, or one is asked to stop (SIGTERM); when a rank has died, the others
-are terminated as `deepspeed` does. The stages are imported once; each rank is a fork.
+By turns all ranks are killed (SIGKILL), one is killed, or one is asked to stop (SIGTERM), in a random step, the 0th being all that
+precedes the first; when a rank has died, the others are terminated as `deepspeed` does. The stages are imported once; each rank is a fork.
 """
 
 import argparse
@@ -96,19 +96,23 @@ def main():
         began = time.time()
         assert set(wait(start(stage, config("whole"), args.ranks, folder / "log"))) == {0}, (folder / "log").read_text()
         longest, whole = time.time() - began, test_resume.result(folder / "whole")
-        print(f"stage {args.stage}, {args.ranks} ranks, ZeRO {args.zero_stage}, {args.steps} steps, a checkpoint every 3; left alone it takes {longest:.1f} s")
-        print(f"{'':>3}  {'killed':<20}{'after':>8}{'in step':>9}{'exit codes':>12}{'resumed from':>14}   against the run left alone")
+        print(f"stage {args.stage}, {args.ranks} ranks, ZeRO {args.zero_stage}, {args.steps} steps, a checkpoint every 3; "
+              f"left alone it takes {longest:.1f} s")
+        print(f"{'':>3}  {'killed':<20}{'steps':>9}{'exit codes':>12}{'resumed from':>14}   against the run left alone")
         for number in range(args.times):
-            how, after, log = HOWS[number % 3], draw.uniform(0.1, 0.95) * longest, folder / f"log-{number}"
+            how, moment, log = HOWS[number % 3], draw.uniform(0, args.steps), folder / f"log-{number}"
+            metrics, began = folder / "run" / section / "metrics.jsonl", time.time()
+            steps = lambda: len(metrics.read_text().splitlines()) if metrics.exists() else 0
             ids = start(stage, config("run"), args.ranks, log)
-            time.sleep(after)
+            while steps() < int(moment) and time.time() < began + 3 * longest:
+                time.sleep(0.01)
+            time.sleep(moment % 1 * longest / (2 * args.steps if moment > 1 else 2))  # about half of a run is its steps
             for pid in ids if how == HOWS[0] else [draw.choice(ids)]:
                 if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
                     os.kill(pid, signal.SIGTERM if how == HOWS[2] else signal.SIGKILL)
             codes = wait(ids)
-            metrics = folder / "run" / section / "metrics.jsonl"
-            reached = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-            log.unlink()
+            reached = steps()
+            log.unlink(missing_ok=True)
             resumed = wait(start(stage, config("run", resume=True), args.ranks, log))
             text = log.read_text()
             origin = text.split("checkpoint-")[1].split(":")[0] if "resumed from" in text else "end" if "done already" in text else "start"
@@ -118,7 +122,7 @@ def main():
                 verdict = "same weights, same metrics"
             except AssertionError as error:
                 verdict, differ = f"DIFFERS: {str(error)[-1500:]}", differ + 1
-            print(f"{number + 1:>3}  {how:<20}{after:>6.2f} s{reached:>9}{' '.join(map(str, codes)):>12}{origin:>14}   {verdict}", flush=True)
+            print(f"{number + 1:>3}  {how:<20}{reached:>9}{' '.join(map(str, codes)):>12}{origin:>14}   {verdict}", flush=True)
             shutil.rmtree(folder / "run")
     sys.exit(differ > 0)
 
