@@ -1,5 +1,4 @@
 """hybrid_engine.py around the decoder: models in and out, LoRA, averages, dropout."""
-import os
 
 import pytest
 import torch
