@@ -10,8 +10,9 @@ import statistics
 import sys
 from pathlib import Path
 
-COLUMNS = [("SFT perplexity", "sft", "perplexity"), ("SFT gold", "sft", "gold"), ("reward accuracy", "reward", "accuracy"),
-           ("PPO gold", "ppo", "gold"), ("win rate", "ppo", "win_rate"), ("KL, nats", "ppo", "kl")]
+COLUMNS = [("SFT perplexity", "sft", "perplexity"), ("SFT gold", "sft", "gold"),
+           ("reward accuracy", "reward", "accuracy"), ("PPO gold", "ppo", "gold"), ("win rate", "ppo", "win_rate"),
+           ("KL, nats", "ppo", "kl")]
 
 
 def main(folders):
