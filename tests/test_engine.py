@@ -1,7 +1,7 @@
 """hybrid_engine.py around the decoder: models in and out, LoRA, averages, dropout."""
-
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from data import DataConfig, UsageError, load_tokenizer
@@ -160,3 +160,14 @@ def test_a_language_model_is_no_reward_model_until_a_head_is_asked_for(process_g
         load_model(str(tmp_path), tokenizer, process_group, 64, head="score")
     head = load_model(str(tmp_path), tokenizer, process_group, 64, head="score", score_from_lm=True).score.weight
     assert 0.3 < head.std() * 33 ** 0.5 < 3  # N(0, 1 / (d + 1))
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_gradient_checkpointing_recomputes_every_layer(process_group, model_folders, monkeypatch, on):
+    """On a model as load_model brings it: in eval mode, in which Hugging Face's layers would keep all they compute."""
+    calls, plain = [], transformers.modeling_utils.checkpoint
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", lambda *a, **k: (calls.append(1), plain(*a, **k))[1])
+    config = Config(gradient_checkpointing=on)
+    model = load_model(model_folders["lm"], load_tokenizer("tiny"), process_group, 64)
+    steps(train_engine(LanguageModel(model), process_group, config, 1e-2, 10), count=1)
+    assert len(calls) == 2 * on  # its layers
