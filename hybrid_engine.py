@@ -97,7 +97,10 @@ def run_stage(main, config_class, doc):
     """`main(config)` for the command line: what the user can mend ends with one sentence and code 2, no traceback."""
     try:
         with one_sentence():
-            main(parse_config(config_class, doc))
+            config = parse_config(config_class, doc)
+            check_flags(config)
+            check_stages_before(config)
+            main(config)
             if dist.is_initialized():
                 dist.barrier()  # all end together: `watch_hosts` takes one that is gone for lost
     finally:
@@ -214,6 +217,9 @@ AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per
               "max_eval_samples", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")
 
 
+AT_LEAST_0 = ("kl_coef", "kl_target", "cliprange", "cliprange_value", "reward_clip", "unsup_coef")
+
+
 def check_flags(config):
     """Raises UsageError for a number that is out of its range, and for flags that do not go together."""
     flags = vars(config)
@@ -221,8 +227,11 @@ def check_flags(config):
         if flags.get(name, 1) < 1:
             raise UsageError(f"--{name} {flags[name]}: at least 1 is needed.")
     for name, value in flags.items():
-        if name.endswith("learning_rate") and not value >= 0:
+        if (name.endswith("learning_rate") or name in AT_LEAST_0) and not value >= 0:
             raise UsageError(f"--{name} {value}: 0 or more is needed.")
+    for name in ("max_steps", "dry_run"):
+        if flags[name] < -1 or flags[name] == 0 and name == "max_steps":
+            raise UsageError(f"--{name} {flags[name]}: a number of 1 or more is needed.")
     for name in ("save_steps", "eval_steps", "num_warmup_steps"):
         if flags.get(name, 0) < 0:
             raise UsageError(f"--{name} {flags[name]}: 0 (none) or more is needed.")
@@ -241,9 +250,21 @@ def check_flags(config):
         raise UsageError(f"--output_dir {config.output_dir}: a folder is needed, and a file of that name exists.")
 
 
+def check_stages_before(config):
+    """Raises UsageError where a stage is to start from what an earlier one writes, and that is not there yet."""
+    for field in dataclasses.fields(config):
+        name, value = field.name, getattr(config, field.name)
+        spared = name.startswith("critic") and getattr(config, "reward_fn", None)  # then the actor's model does
+        if name.endswith("model_name_or_path") and value == field.default and value != "tiny" and not spared:
+            if not Path(value).exists():
+                raise UsageError(f"--{name} {value}: there is no such folder yet; the stage before this one writes it "
+                                 "(bash run_all.sh runs all three). Or name another model.")
+
+
 def deepspeed_settings(config):
     """The DeepSpeed JSON as a dict, the flags that stand over it filled in. Raises UsageError for what cannot work."""
-    path = config.deepspeed_config or HERE / "configs" / ("1gpu.json" if torch.cuda.is_available() else "cpu.json")
+    gpu = torch.cuda.is_available() or config.dry_run > 0  # a plan for so many GPUs
+    path = config.deepspeed_config or HERE / "configs" / ("1gpu.json" if gpu else "cpu.json")
     try:
         settings = json.loads(Path(path).read_text())
     except OSError as error:

@@ -38,8 +38,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from bench.memory_plan import dry_run, empty_model
-from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
-                  load_records, load_tokenizer, make_dataloader, training_steps)
+from data import (Collator, DataConfig, EncodedDataset, MicroBatches, UsageError, answer_prompts, count_steps, flag,
+                  gold_scorer, load_records, load_tokenizer, make_dataloader, training_steps)
 from hybrid_engine import (Checkpoints, EngineConfig, InferenceEngine, LanguageModel, MetricsLog, RewardModel,
                            adapters_off, add_lora, all_sum, device, frozen_engine, last_token, load_model, mean,
                            parameter_count, print0, run_stage, save_model, setup, to_device, train_engine, train_step,
@@ -114,6 +114,8 @@ def evaluate(score_pairs, dataloader):
 
 
 def main(config):
+    if config.dpo and not config.dpo_beta > 0:
+        raise UsageError(f"--dpo_beta {config.dpo_beta}: over 0 is needed; at 0 the loss is log 2 whatever the policy does.")
     if config.dry_run:
         models = {"model": empty_model(config.model_name_or_path, config, "lm" if config.dpo else "score")}
         if config.dpo and not config.only_optimize_lora:

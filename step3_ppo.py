@@ -175,13 +175,18 @@ def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
 def load_reward_function(name):
     """'file.py:function' -> the function; None for anything else, which is a reward model then."""
     path, _, function = name.rpartition(":")
+    if name.endswith(".py"):
+        raise UsageError(f"--reward_fn {name}: the function is missing; {name}:function is the form.")
     if not path.endswith(".py"):
         return None
     if not Path(path).is_file():
         raise UsageError(f"--reward_fn {name}: the file {path} does not exist.")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        raise UsageError(f"--reward_fn {name}: importing {path} fails: {type(error).__name__}: {error}.") from error
     if not callable(getattr(module, function, None)):
         there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise UsageError(f"--reward_fn {name}: {path} has no function {function}; it has {', '.join(there) or 'none'}.")
@@ -232,21 +237,10 @@ class DeepSpeedRLHFEngine:
     """
 
     def __init__(self, actor_model_name_or_path, critic_model_name_or_path, tokenizer, num_total_iters, args):
-        if args.advantage in ("rloo", "grpo") and args.num_generations < 2:
-            raise UsageError(f"--advantage {args.advantage} compares the answers to one prompt with each other, and "
-                             f"--num_generations is {args.num_generations}: 2 or more are needed, 4 are usual.")
+        check_rollout(args)
         minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
         rollout_rows = args.per_device_generation_batch_size * args.num_generations
-        if rollout_rows % minibatch_rows:
-            raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} x "
-                             f"--num_generations {args.num_generations} must be a multiple of "
-                             f"--per_device_train_batch_size {args.per_device_train_batch_size} x "
-                             f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: a rollout is used up "
-                             "by whole optimizer steps.")
         names = args.reward_fn or [critic_model_name_or_path]
-        if args.reward_weights and len(args.reward_weights) != len(names):
-            raise UsageError(f"--reward_weights has {len(args.reward_weights)} entries for {len(names)} rewards; one "
-                             "number a reward is needed.")
         functions = {name: load_reward_function(name) for name in names}  # before anything slow
         settings = setup(args)
         updates = num_total_iters * args.ppo_epochs * (rollout_rows // minibatch_rows)
@@ -285,6 +279,23 @@ class DeepSpeedRLHFEngine:
         self.generator = InferenceEngine(self.actor.module.model, tensor_parallel_group(args.inference_tp_size))
         ends = self.actor.module.model.generation_config.eos_token_id
         self.eos_token_ids = ends if isinstance(ends, list) else [ends]
+
+
+def check_rollout(args):
+    """Raises UsageError for flags of rollouts and rewards that do not go together."""
+    if args.advantage in ("rloo", "grpo") and args.num_generations < 2:
+        raise UsageError(f"--advantage {args.advantage} compares the answers to one prompt with each other, and "
+                         f"--num_generations is {args.num_generations}: 2 or more are needed, 4 are usual.")
+    minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    if args.per_device_generation_batch_size * args.num_generations % minibatch_rows:
+        raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} x "
+                         f"--num_generations {args.num_generations} must be a multiple of "
+                         f"--per_device_train_batch_size {args.per_device_train_batch_size} x "
+                         f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: a rollout is used up "
+                         "by whole optimizer steps.")
+    if args.reward_weights and len(args.reward_weights) != max(len(args.reward_fn), 1):
+        raise UsageError(f"--reward_weights has {len(args.reward_weights)} entries for {max(len(args.reward_fn), 1)} "
+                         "rewards; one number a reward is needed.")
 
 
 def critic_start(actor_name, critic_name, args):
@@ -773,6 +784,7 @@ def planned_models(config):
 
 
 def main(config):
+    check_rollout(config)
     if config.dry_run:
         longest = config.max_prompt_seq_len + config.max_answer_seq_len
         return dry_run(config, planned_models(config), longest, config.max_answer_seq_len,
