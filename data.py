@@ -324,8 +324,10 @@ def read_source(source):
 # hold out, split, blend
 
 def questions(record):
-    """All that the user asked in a record's prompt, the last one is what is answered. Without the toy's openers: "Hello!
-    What is 1 + 1?" is no other question than "What is 1 + 1?", and must not be held out where that is trained on."""
+    """
+    All that the user asked in a record's prompt, the last one is what is answered. Without the toy's openers: "Hello!
+    What is 1 + 1?" is no other question than "What is 1 + 1?", and must not be held out where that is trained on.
+    """
     asked = [message["content"] for message in record.prompt if message["role"] == "user"]
     return [next((q.removeprefix(o) for o in TOY_OPENERS if o and q.startswith(o)), q) for q in asked]
 

@@ -88,7 +88,7 @@ class EngineConfig:
     lora_module_name: str = flag("", "adapt linear layers whose name contains this; default: all in the blocks")
     only_optimize_lora: bool = flag(False, "freeze everything but the adapters")
     dry_run: int = flag(0, "print the plan of memory, time and cost, load nothing, stop: alone for this machine's "
-                           "processes, with a number for so many GPUs", nargs="?", const=-1)
+                           "processes, with a number for so many GPUs; 0 trains", nargs="?", const=-1)
     device_tflops: float = flag(50.0, "of --dry_run: TFLOP/s a device sustains; DeepSpeed-Chat's A100s 43 to 82")
     device_price: float = flag(4.0, "of --dry_run: dollars a device-hour")
 
@@ -223,8 +223,9 @@ def check_flags(config):
     for name, value in flags.items():
         if name.endswith("learning_rate") and not value >= 0:
             raise UsageError(f"--{name} {value}: 0 or more is needed.")
-    if config.save_steps < 0:
-        raise UsageError(f"--save_steps {config.save_steps}: 0 (no checkpoints) or more is needed.")
+    for name in ("save_steps", "eval_steps", "num_warmup_steps"):
+        if flags.get(name, 0) < 0:
+            raise UsageError(f"--{name} {flags[name]}: 0 (none) or more is needed.")
     if not flags.get("temperature", 1) > 0:
         raise UsageError(f"--temperature {config.temperature}: rollouts are sampled, so it must be over 0 (PPO learns "
                          "nothing from greedy answers).")
@@ -347,7 +348,7 @@ STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # s
 
 
 def write_summary(config, section, values, model, **others):
-    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside what earlier stages put there."""
+    """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside those of earlier stages."""
     if dist.get_rank() != 0:
         return {}
     path = Path(config.output_dir) / "summary.json"

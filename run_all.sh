@@ -111,7 +111,8 @@ fi
 # several hosts: all have the same, in the same place
 
 if [ "${hosts:-}" ]; then
-  state="cd '$PWD' && ls '$($python -c 'import sys; print(sys.executable)')' && cat '$here'/*.py '$here'/kernels/*.py | cksum"
+  state="cd '$PWD' && ls '$($python -c 'import sys; print(sys.executable)')' &&
+         cat '$here'/*.py '$here'/kernels/*.py '$here'/bench/*.py | cksum"
   mine=$(eval "$state")
   for host in $hosts; do
     code=0 theirs=$(ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "$state" 2>&1) || code=$?

@@ -277,18 +277,22 @@ class DeepSpeedRLHFEngine:
         self.actor = train_engine(actor, settings, args, args.actor_learning_rate, updates)
         self.critic = None
         if args.advantage == "gae":
-            if args.reward_fn and not Path(critic_model_name_or_path).exists() \
-                    and critic_model_name_or_path == Config.critic_model_name_or_path:
-                print0(f"no {critic_model_name_or_path} here: the critic starts from {actor_model_name_or_path}, with "
-                       "a new head")
-                critic_model_name_or_path = actor_model_name_or_path
-            critic = load_score(critic_model_name_or_path, score_from_lm=bool(args.reward_fn))
+            start = critic_start(actor_model_name_or_path, critic_model_name_or_path, args)
+            critic = load_score(start, score_from_lm=bool(args.reward_fn))
             critic.model = add_lora(critic.model, args)
             self.critic = train_engine(critic, settings, args, args.critic_learning_rate, updates)
         self.ema = ExponentialMovingAverage(self.actor, decay=0.992) if args.enable_ema else None
         self.generator = InferenceEngine(self.actor.module.model, tensor_parallel_group(args.inference_tp_size))
         ends = self.actor.module.model.generation_config.eos_token_id
         self.eos_token_ids = ends if isinstance(ends, list) else [ends]
+
+
+def critic_start(actor_name, critic_name, args):
+    """What the critic starts from: with --reward_fn, and no reward model at the default place, the actor's model."""
+    if args.reward_fn and critic_name == Config.critic_model_name_or_path and not Path(critic_name).exists():
+        print0(f"no {critic_name} here: the critic starts from {actor_name}, with a new head")
+        return actor_name
+    return critic_name
 
 
 @dataclass
@@ -575,7 +579,8 @@ def preflight(trainer, dataloader, records, total_steps):
     dataloader  of data.Collator(3); its first batch is read
     records     held-out Preferences, the same on all ranks
     raises      UsageError with one sentence for each check that failed. The last two judge how well models were
-                trained; in a run of fewer than TRIAL steps they only warn
+                trained: in a run of fewer than TRIAL steps they only warn, and so does a preference that is close to
+                a coin's
     Leaves trainer, models and random state as they were. Collective.
     """
     began, engine, args = time.time(), trainer.engine, trainer.args
@@ -763,7 +768,7 @@ def planned_models(config):
     for i, name in enumerate(scorers):
         models[f"reward {i + 1}" if i else "reward"] = empty_model(name, config, "score", trained=False)
     if config.advantage == "gae":
-        models["critic"] = empty_model(critic, config, "score")
+        models["critic"] = empty_model(critic_start(actor, critic, config), config, "score")
     return models
 
 

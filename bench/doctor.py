@@ -6,9 +6,11 @@ The run doctor: what a PPO run's metrics say about its health, in plain sentence
 step3_ppo.py asks it after every step, and prints what it says.
 """
 
+import argparse
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -126,9 +128,23 @@ def compare(first, last):
     return found
 
 
-if __name__ == "__main__":
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metrics", help="metrics.jsonl of a PPO run")
+    path = parser.parse_args().metrics
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        sys.exit(f"doctor.py: error: {path} cannot be read as metrics.jsonl ({error}).")
+    if not all("objective/kl" in line for line in lines):
+        sys.exit(f"doctor.py: error: {path} is not of a PPO run (objective/kl is missing); step3_ppo.py writes such a "
+                 "file beside the actor.")
     doctor = RunDoctor()
-    for line in open(sys.argv[1]):
-        for sentence in doctor(json.loads(line)):
+    for line in lines:
+        for sentence in doctor(line):
             print(sentence)
     print(f"{len(doctor.history)} steps, {len(doctor.sentences) or 'no'} sentence(s)")
+
+
+if __name__ == "__main__":
+    main()

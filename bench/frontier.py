@@ -19,7 +19,10 @@ COLUMNS = ("eval/kl", "eval/score", "eval/gold", "eval/win_rate")
 
 def evaluations(path):
     """The lines of a metrics.jsonl that hold an evaluation, as dicts; kl in nats a response."""
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        sys.exit(f"frontier.py: error: {path} cannot be read as metrics.jsonl ({error}).")
     found = [line for line in lines if "eval/kl" in line]
     if not found:
         sys.exit(f"frontier.py: error: {path} holds no evaluation; train with --eval_steps 10, say.")

@@ -1,7 +1,9 @@
 """
---dry_run: what a run will need, from shapes alone, before anything is loaded: memory of each model and phase, hours, dollars.
+--dry_run: what a run will need, from shapes alone, before anything is loaded: memory of each model and phase, hours,
+dollars.
 
-    python step3_ppo.py --actor_model_name_or_path facebook/opt-13b --critic_model_name_or_path facebook/opt-350m --dry_run 8
+    python step3_ppo.py --actor_model_name_or_path facebook/opt-13b --critic_model_name_or_path facebook/opt-350m \
+        --deepspeed_config configs/1node.json --dry_run 8
 
 bench/memory.py holds the plan beside measured peaks.
 """
@@ -15,7 +17,8 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hybrid_engine import LoRALinear, add_lora, check_flags, compute_dtype, deepspeed_settings, parameter_count, read_config
+from hybrid_engine import (LoRALinear, add_lora, check_flags, compute_dtype, deepspeed_settings, parameter_count,
+                           read_config)
 from kernels.decoder import FAMILIES
 from kernels.logprob import SLICE
 
@@ -118,7 +121,7 @@ def model_memory(model, settings, devices, rows, tokens, scored, checkpointing, 
 
 
 def generation_memory(model, settings, rows, tokens, tp, cpu):
-    """Bytes on each device of the decoder's own weights (see the top of this file) and of its KV cache."""
+    """Bytes on each device of the decoder's own weights (see the top of hybrid_engine.py) and of its KV cache."""
     b, layers = compute_dtype(settings).itemsize, model.config.num_hidden_layers
     H, KVH, D = attention_shape(model.config)
     if settings["zero_optimization"]["stage"] == 3:
@@ -198,7 +201,7 @@ def dry_run(config, models, tokens, scored, generated=0):
         print(f"{name:<10}{parameter_count(models[name]) / 1e6:>10.0f}M{trained / 1e6:>8.0f}M"
               + "".join(f"  {memory.get(part, 0) / 2**30:>{max(len(part), 7)}.2f}" for part in parts))
     print("\npeak      " + ", ".join(f"{phase} {size / 2**30:.1f}" for phase, size in peaks.items())
-          + f"; in all {max(peaks.values()) / 2**30:.1f} GB a device, about 1 GB more for CUDA")
+          + f"; in all {max(peaks.values()) / 2**30:.1f} GB a device" + ("" if cpu else ", about 1 GB more for CUDA"))
     flops = training_flops(models, tokens, generated, config.gradient_checkpointing)
     count = config.max_steps * devices * (generated or rows * config.gradient_accumulation_steps)
     count = count if config.max_steps > 0 else 100_000

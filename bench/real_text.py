@@ -9,9 +9,9 @@ DATA    hh_rlhf/harmless-base/test.jsonl.gz (anthropics/hh-rlhf), truthfulqa/fin
         vader/vader_lexicon.txt (cjhutto/vaderSentiment)
 MODELS  stories260K (karpathy/tinyllamas, as a Hugging Face folder)
 
-Reward models: for each data set a tokenizer is trained on its text and a small random Llama is made, which step2_reward.py
-trains through its command line. The baseline is fitted on the very same training pairs and tested on the very same
-held-out ones (data.load_records; another seed holds out other questions).
+Reward models: for each data set a tokenizer is trained on its text and a small random Llama is made, which
+step2_reward.py trains through its command line. The baseline is fitted on the very same training pairs and tested on
+the very same held-out ones (data.load_records; another seed holds out other questions).
 
 Stories: step3_ppo.py trains stories260K with bench/sad_reward.py as its reward. Before and after, samples on held-out
 openings are scored, and read by the untouched model: its perplexity of them says whether they are still stories.
@@ -245,7 +245,8 @@ def reward_part(args, work, name):
     lines.append(f"| mean | | | {means} | | |")
     if len(rows) > 1:
         error = statistics.stdev(ours) / len(ours) ** 0.5
-        lines += ["", f"Reward model minus baseline: {statistics.mean(ours):+.3f}, standard error over seeds {error:.3f}."]
+        lines += ["", f"Reward model minus baseline: {statistics.mean(ours):+.3f}, standard error over seeds "
+                  f"{error:.3f}."]
     return lines + ["", f"`{command}`"]
 
 

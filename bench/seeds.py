@@ -10,13 +10,20 @@ import statistics
 import sys
 from pathlib import Path
 
-COLUMNS = [("SFT perplexity", "sft", "perplexity"), ("SFT gold", "sft", "gold"), ("reward accuracy", "reward", "accuracy"),
-           ("PPO gold", "ppo", "gold"), ("win rate", "ppo", "win_rate"), ("KL, nats", "ppo", "kl")]
+COLUMNS = [("SFT perplexity", "sft", "perplexity"), ("SFT gold", "sft", "gold"),
+           ("reward accuracy", "reward", "accuracy"), ("PPO gold", "ppo", "gold"), ("win rate", "ppo", "win_rate"),
+           ("KL, nats", "ppo", "kl")]
 
 
 def main(folders):
-    summaries = [json.loads((Path(folder) / "summary.json").read_text()) for folder in folders]
-    rows = [[summary[stage][name] for _, stage, name in COLUMNS] for summary in summaries]
+    summaries, rows = [], []
+    for folder in folders:
+        try:
+            summaries.append(json.loads((Path(folder) / "summary.json").read_text()))
+            rows.append([summaries[-1][stage][name] for _, stage, name in COLUMNS])
+        except (OSError, ValueError, KeyError) as error:
+            sys.exit(f"seeds.py: error: {folder} is no --output_dir of a run with all three stages done "
+                     f"({type(error).__name__}: {error}).")
     print("| seed |" + "".join(f" {title} |" for title, _, _ in COLUMNS) + " doctor |")
     print("|---|" + "---:|" * len(COLUMNS) + "---|")
     for summary, row in zip(summaries, rows):
@@ -28,4 +35,4 @@ def main(folders):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1:] or sys.exit(__doc__))

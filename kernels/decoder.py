@@ -2,8 +2,8 @@
 One decoder for all model families: the kernels of this folder put together into a forward pass with a KV cache.
 
     Family    where a Hugging Face model keeps its weights: a line of the table FAMILIES
-    Decoder   reads them (aliases where it can, this rank's shard under tensor parallelism, gathered layer by layer under
-              ZeRO-3) and runs: `prefill` the prompts, then `step` one token a row
+    Decoder   reads them (aliases where it can, this rank's shard under tensor parallelism, gathered layer by layer
+              under ZeRO-3) and runs: `prefill` the prompts, then `step` one token a row
     KVCache   keys and values of the rows in flight
 
 It never writes a weight, and has no idea of training: hybrid_engine.InferenceEngine decides when it lives and what is
@@ -119,7 +119,8 @@ def why_unsupported(model):
     """None, or why the canonical decoder cannot run this model."""
     config = model.config
     if config.model_type not in FAMILIES:
-        return f"model type {config.model_type!r} is not in kernels/decoder.py's FAMILIES ({', '.join(sorted(FAMILIES))})"
+        return (f"model type {config.model_type!r} is not in kernels/decoder.py's FAMILIES "
+                f"({', '.join(sorted(FAMILIES))})")
     family = FAMILIES[config.model_type]
     activation = getattr(config, family.activation, "gelu_new")
     if ALIASES.get(activation, activation) not in FORMS:

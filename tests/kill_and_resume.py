@@ -22,7 +22,6 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 
 import torch
-import torch.distributed as dist
 
 import test_resume
 from data import one_sentence

@@ -39,6 +39,8 @@ def run_ranks(ranks, case, *arguments):
     [p.start() for p in processes]
     [p.join(150) for p in processes]
     hung = [rank for rank, p in enumerate(processes) if p.is_alive()]
+    codes = [p.exitcode for p in processes]
     [p.kill() for p in processes]
     assert failures.empty(), failures.get()
     assert not hung, f"ranks {hung} hang"
+    assert not any(codes), f"exit codes of the ranks: {codes}"  # one that died without a Python exception

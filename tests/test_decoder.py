@@ -297,7 +297,7 @@ def test_seeds():
 @pytest.mark.parametrize("pack", [True, False])
 def test_the_model_is_left_as_it_was(name, pack):
     model, (ids, mask) = small_model(name), ragged_prompts()
-    before, kept = {k: v.clone() for k, v in model.state_dict().items()}, {}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
     model.train()
     engine = InferenceEngine(model, pack=pack)
     engine.generate(ids, mask, max_new_tokens=R, eos_token_id=list(range(40, 60)))
