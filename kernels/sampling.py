@@ -22,7 +22,6 @@ Devroye 1986, III.2.
 
 import functools
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -85,9 +84,12 @@ def _invert(weights, uniform):
 def _keep_likeliest(probs, scratch, top_k, top_p):
     """Set the probabilities (B, V) outside top-k and top-p to zero, in place; afterwards they need not sum to one."""
     V = probs.size(1)
+    # numpy's partition and sort of plain values use the CPU's vector instructions: torch.sort, with its indices, takes
+    # 30 times as long. As integers, since the bits of positive floats are in the same order and cannot be NaN: half of
+    # the time again
     values, window = probs.numpy(), scratch.copy_(probs).numpy()  # the same memory, twice
     if 0 < top_k < V:
-        _partition(window, V - top_k)
+        window.view(np.int32).partition(V - top_k, axis=1)
         edge = window[:, V - top_k].copy()
         if top_p < 1:  # goes on with the k likeliest, right in the window, and what ties with the last of them
             ties = [np.count_nonzero(row >= value) - top_k for row, value in zip(values, edge)]
@@ -116,7 +118,7 @@ def _top_p_edge(window, top_p, values):
     below, above = np.zeros(len(window)), np.zeros(len(window), dtype=int)  # mass left, number right of the window
     while window.shape[1] > 2048:
         n, half = window.shape[1], window.shape[1] // 2
-        _partition(window, half)
+        window.view(np.int32).partition(half, axis=1)
         lower = mass(window[:, :half])
         upper = below + lower <= target
         below += np.where(upper, lower, 0.0)
@@ -136,23 +138,6 @@ def _top_p_edge(window, top_p, values):
         kept = above[row] + window.shape[1] - int(place[row])
         ties_dropped[row] = np.count_nonzero(values[row] >= edge[row]) - kept
     return edge, ties_dropped
-
-
-def _partition(window, kth):
-    """
-    Each row of the window (B, n): its kth value in its place, smaller ones left of it. numpy's partition of plain
-    values uses the CPU's vector instructions: torch.sort, with its indices, takes 30 times as long. As integers, since
-    the bits of positive floats are in the same order and cannot be NaN: half of the time again. Rows in threads: numpy
-    lets go of Python's lock.
-    """
-    threads = torch.get_num_threads()
-    parts = np.array_split(window.view(np.int32), threads)
-    list(_pool(threads).map(lambda rows: rows.partition(kth, axis=1), parts))
-
-
-@functools.lru_cache(maxsize=1)
-def _pool(threads):
-    return ThreadPoolExecutor(threads)
 
 
 def _zero_below(probs, edge):
