@@ -137,6 +137,20 @@ def test_rows_taken_in_turns(monkeypatch):
         assert torch.equal(whole[0], turns[0]) and torch.equal(whole[1], turns[1])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="of the CPU's form")
+@pytest.mark.parametrize("options", [dict(top_k=50), dict(top_p=0.9), dict(top_k=3000, top_p=0.5)], ids=str)
+@pytest.mark.parametrize("shift", [-20.0, 20.0])
+def test_a_sample_that_misleads(shift, options):
+    """The CPU's form finds the edges from one value in so many: those have none, or all, of the mass here."""
+    torch.manual_seed(7)
+    logits, uniform = torch.randn(4, 20000), torch.rand(4)
+    logits[:, ::sampling.STRIDE] += shift
+    tokens, logprobs = sample(logits, uniform, **options)
+    expected, expected_logprobs = sample_reference(logits, uniform, **options)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logprobs, expected_logprobs, atol=2e-5, rtol=0)
+
+
 def test_options_are_checked():
     with pytest.raises(ValueError, match="0 < top_p <= 1"):
         sample(torch.zeros(1, 3), torch.zeros(1), top_p=0.0)
