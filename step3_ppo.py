@@ -35,6 +35,7 @@ import importlib.util
 import inspect
 import json
 import math
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,8 +151,8 @@ def whiten(values, mask):
     values (B, R) float32 -> mean 0 and variance 1 over the mask's tokens of all ranks, zero elsewhere; sums in float64.
     """
     total, squares, count = all_sum((values.double() * mask).sum(), (values.double().square() * mask).sum(), mask.sum())
-    mean = total / count
-    return (values - mean) * mask / (max(squares / count - mean**2, 0) + 1e-8) ** 0.5
+    center = total / count
+    return (values - center) * mask / (max(squares / count - center**2, 0) + 1e-8) ** 0.5
 
 
 def critic_loss(values, old_values, returns, mask, cliprange_value):
@@ -183,6 +184,7 @@ def load_reward_function(name):
         raise UsageError(f"--reward_fn {name}: the file {path} does not exist.")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(path).resolve().parent))  # its own imports, as if it were run
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever a user's file raises

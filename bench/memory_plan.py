@@ -204,8 +204,8 @@ def dry_run(config, models, tokens, scored, generated=0):
           + f"; in all {max(peaks.values()) / 2**30:.1f} GB a device" + ("" if cpu else ", about 1 GB more for CUDA"))
     flops = training_flops(models, tokens, generated, config.gradient_checkpointing)
     count = config.max_steps * devices * (generated or rows * config.gradient_accumulation_steps)
-    count = count if config.max_steps > 0 else 100_000
+    count, how_many = (count, "rows") if config.max_steps > 0 else (100_000, "rows, say (--max_steps plans your run)")
     hours = epoch_hours(flops, count, devices, config.device_tflops)
-    print(f"time      {count:,} rows: {hours:.2f} h at {config.device_tflops:g} TFLOP/s a device "
+    print(f"time      {count:,} {how_many}: {hours:.2f} h at {config.device_tflops:g} TFLOP/s a device "
           f"(--device_tflops; {flops / 1e12:.2f} TFLOP a row), ${hours * devices * config.device_price:,.2f} "
           f"at ${config.device_price:g} a device-hour (--device_price)")

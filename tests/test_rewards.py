@@ -1,9 +1,10 @@
 """
-Rewards by --reward_fn: Python functions with TRL's signature and reward models, alone and together; what they are given, what PPO makes of their
-numbers, and the sentence for each thing that can be wrong.
+Rewards by --reward_fn: Python functions with TRL's signature and reward models, alone and together; what they are given,
+what PPO makes of their numbers, and the sentence for each thing that can be wrong.
 """
 
 import copy
+import sys
 import types
 
 import pytest
@@ -185,6 +186,14 @@ def test_where_the_critic_starts(make_trainer, place, tmp_path, monkeypatch, cap
 def test_a_function_that_misbehaves(make_trainer, name, said):
     with pytest.raises(UsageError, match=said):
         make_trainer(name).generate_experience(prompts())
+
+
+def test_a_function_that_imports_its_neighbour(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", sys.path[:])
+    (tmp_path / "words_of_mine.py").write_text("LIMIT = 3\n")
+    (tmp_path / "mine.py").write_text("from words_of_mine import LIMIT\ndef f(prompts, completions, **columns):\n"
+                                      "    return [LIMIT] * len(prompts)\n")
+    assert load_reward_function(f"{tmp_path}/mine.py:f")(["a", "b"], ["c", "d"]) == [3, 3]
 
 
 def test_a_function_that_cannot_be_had(make_trainer, place, tmp_path):
