@@ -1,5 +1,5 @@
 """
-Real text: reward models of a million parameters beside a word-level baseline, and PPO that makes stories sadder.
+Real text: small reward models beside a word-level baseline, and PPO that makes stories sadder.
 
     OMP_NUM_THREADS=1 python bench/real_text.py DATA MODELS                        # all parts, one CPU core
     OMP_NUM_THREADS=1 python bench/real_text.py DATA MODELS --only rasbt --seeds 2 3 4 --work runs
@@ -9,9 +9,10 @@ DATA    hh_rlhf/harmless-base/test.jsonl.gz (anthropics/hh-rlhf), truthfulqa/fin
         vader/vader_lexicon.txt (cjhutto/vaderSentiment)
 MODELS  stories260K (karpathy/tinyllamas, as a Hugging Face folder)
 
-Reward models: for each data set a tokenizer is trained on its text and a small random Llama is made, which
-step2_reward.py trains through its command line. The baseline is fitted on the very same training pairs and tested on
-the very same held-out ones (data.load_records; another seed holds out other questions).
+Reward models: for each data set a vocabulary is taken from its training text and small random Llamas are made, which
+step2_reward.py trains through its command line. They are tested one by one, and as the sum of their normalised scores,
+which is what step3_ppo.py --reward_fn model1 model2 ... makes of several. The baseline is fitted on the very same
+training pairs and tested on the very same held-out ones (data.load_records; another seed holds out other questions).
 
 Stories: step3_ppo.py trains stories260K with bench/sad_reward.py as its reward. Before and after, samples on held-out
 openings are scored, and read by the untouched model: its perplexity of them says whether they are still stories.
@@ -43,11 +44,13 @@ import deepspeed
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoModelForSequenceClassification
 
 from bench.sad_reward import sadder
 from data import ASSISTANT, HUMAN, Collator, DataConfig, EncodedDataset, decode_answers, load_records, load_tokenizer
-from hybrid_engine import InferenceEngine, LanguageModel
+from hybrid_engine import InferenceEngine, LanguageModel, RewardModel
+from step2_reward import pair_scores
 
 
 # -----------------------------------------------------------------------------
@@ -70,6 +73,17 @@ def truthfulqa_pairs(source, target):
             for i in range(max(len(yes), len(no))):
                 chosen, rejected = yes[i % len(yes)], no[i % len(no)]
                 file.write(json.dumps({"prompt": question, "chosen": chosen, "rejected": rejected}) + "\n")
+    return str(target)
+
+
+def last_exchanges(source, target):
+    """Pairs of dialogues -> rows of the last human message, chosen, rejected: shorter, and tiny models do no worse."""
+    train, held = load_records(DataConfig(data_path=[source], data_split="0,1,0", max_eval_samples=10**6), stage=2,
+                               log=lambda line: None)
+    with open(target, "w") as file:
+        for record in sorted(train + held, key=lambda record: (record.prompt[-1]["content"], record.chosen)):
+            file.write(json.dumps({"prompt": record.prompt[-1]["content"], "chosen": record.chosen,
+                                   "rejected": record.rejected}) + "\n")
     return str(target)
 
 
@@ -97,7 +111,7 @@ def differences(records):
 
 def baseline_accuracy(train, held, penalty):
     """
-    Held-out accuracy (ties count half) of logistic regression on the differences with an L2 penalty on the weights; no
+    Held-out accuracy of logistic regression on the differences with an L2 penalty on the weights; no
     intercept, since swapped answers must swap the verdict. Presence serves better than counts or their logarithms.
     """
     x, weights = differences(train), torch.zeros(BUCKETS, 1, requires_grad=True)
@@ -110,28 +124,30 @@ def baseline_accuracy(train, held, penalty):
         return nats
 
     optimizer.step(loss)
-    margin = torch.sparse.mm(differences(held), weights.detach())
-    return ((margin > 0).float() + 0.5 * (margin == 0).float()).mean().item()
+    return accuracy(torch.sparse.mm(differences(held), weights.detach()))
 
 
 # -----------------------------------------------------------------------------
 # a small model of our own
 
-def make_model(folder, records, vocabulary=4000, width=128, layers=2, positions=1024):
-    """A random Llama with a lower-case BPE tokenizer trained on the records' text, as a Hugging Face folder."""
+def make_model(folder, records, seed, vocabulary=8000, width=128, positions=1024):
+    """
+    A random Llama of one layer, with the records' commonest lower-case words as its tokens, as a Hugging Face folder.
+    One layer, since two overfit a few thousand pairs; words, since pieces of them do no better.
+    """
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # words, and punctuation marks one by one
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
     texts = [HUMAN + message["content"] for record in records for message in record.prompt]
     texts += [f"{ASSISTANT} {answer}" for record in records for answer in (record.chosen, record.rejected)]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special,
-                                                             show_progress=False))
+    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=vocabulary, special_tokens=special,
+                                                                   show_progress=False))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
                                                      eos_token="</s>", pad_token="<pad>")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=1,
         num_attention_heads=width // 32, max_position_embeddings=positions, tie_word_embeddings=True, bos_token_id=1,
         eos_token_id=2, pad_token_id=3))
     model.save_pretrained(folder)
@@ -215,50 +231,70 @@ def sadder_part(args, work):
 # -----------------------------------------------------------------------------
 # reward models
 
+@torch.no_grad()
+def normalised_margins(folder, records):
+    """Chosen minus rejected scores of a reward model, in its standard deviations, (N,); its number of parameters."""
+    tokenizer, model = load_tokenizer(folder), AutoModelForSequenceClassification.from_pretrained(folder)
+    items = EncodedDataset(records, tokenizer, 2, 1024, log=lambda line: None).items
+    collate, scorer, margins = Collator(2, tokenizer.pad_token_id), RewardModel(model.eval()), []
+    for i in range(0, len(items), 64):
+        chosen, rejected = pair_scores(scorer, collate(items[i:i + 64]))
+        margins.append((chosen - rejected) / model.config.score_std)
+    return torch.cat(margins), model.num_parameters()
+
+
+def accuracy(margins):
+    """Share of positive ones; ties count half."""
+    return (0.5 + 0.5 * margins.sign()).mean().item()
+
+
 def reward_part(args, work, name):
     """Reward models and baselines of one data set, one seed after the other -> table lines."""
     source, penalty, flags = {
         "hh": (f"{args.data}/hh_rlhf/harmless-base/test.jsonl.gz", 100, HH_FLAGS),
         "rasbt": (f"{args.data}/rasbt/instruction-data-with-preference.json", 1, RASBT_FLAGS),
         "truthfulqa": (f"{args.data}/truthfulqa/finetune_truth.jsonl.gz", 3, TRUTHFULQA_FLAGS)}[name]
-    if name == "truthfulqa":
-        source = truthfulqa_pairs(source, work / "truthfulqa.jsonl")
-    lines = ["| seed | training pairs | held-out pairs | baseline | reward model | its parameters | minutes |",
-             "|---:|---:|---:|---:|---:|---:|---:|"]
+    if name != "rasbt":
+        source = {"truthfulqa": truthfulqa_pairs, "hh": last_exchanges}[name](source, work / f"{name}.jsonl")
+    lines = ["| seed | training pairs | held-out pairs | baseline | one reward model | their sum | parameters | minutes |",
+             "|---:|---:|---:|---:|---:|---:|---:|---:|"]
     rows = []
     for seed in args.seeds:
         train_records, held = load_records(DataConfig(data_path=[source], data_split="0,1,0", seed=seed,
                                                       max_eval_samples=10**6), stage=2, log=lambda line: None)
-        base, out = work / f"{name}-base", work / f"{name}-{seed}"
-        if not base.exists():
-            make_model(base, train_records + held)
-        command, summary = train("step2_reward.py", out, "reward", "--model_name_or_path", base, "--data_path", source,
-                                 "--data_split", "0,1,0", "--max_eval_samples", 10**6, "--max_seq_len", 1024,
-                                 "--seed", seed, *flags)
-        baseline = baseline_accuracy(train_records, held, penalty)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(out / "reward")
-        rows.append((baseline, summary["accuracy"]))
-        lines.append(f"| {seed} | {len(train_records)} | {len(held)} | {baseline:.3f} | {summary['accuracy']:.3f} | "
-                     f"{model.num_parameters() / 1e6:.2f}M | {summary['seconds'] / 60:.1f} |")
-    ours = [accuracy - baseline for baseline, accuracy in rows]
-    means = " | ".join(f"{statistics.mean(column):.3f}" for column in zip(*rows))
-    lines.append(f"| mean | | | {means} | | |")
+        alone, total, parameters, seconds = [], 0, 0, 0
+        for member in range(args.models_summed):
+            base, out = work / f"{name}-{seed}-{member}-base", work / f"{name}-{seed}-{member}"
+            if not base.exists():
+                make_model(base, train_records, member)
+            command, summary = train("step2_reward.py", out, "reward", "--model_name_or_path", base, "--data_path",
+                                     source, "--data_split", "0,1,0", "--max_eval_samples", 10**6, "--max_seq_len",
+                                     1024, "--seed", seed, *flags)
+            margins, size = normalised_margins(out / "reward", held)
+            total, parameters, seconds = total + margins, parameters + size, seconds + summary["seconds"]
+            alone.append(summary["accuracy"])
+        rows.append((baseline_accuracy(train_records, held, penalty), statistics.mean(alone), accuracy(total)))
+        lines.append(f"| {seed} | {len(train_records)} | {len(held)} | " + " | ".join(f"{x:.3f}" for x in rows[-1])
+                     + f" | {args.models_summed} x {parameters / args.models_summed / 1e6:.2f}M | {seconds / 60:.1f} |")
+        print(lines[-1], flush=True)
+    lines.append("| mean | | | " + " | ".join(f"{statistics.mean(column):.3f}" for column in zip(*rows)) + " | | |")
     if len(rows) > 1:
-        error = statistics.stdev(ours) / len(ours) ** 0.5
-        lines += ["", f"Reward model minus baseline: {statistics.mean(ours):+.3f}, standard error over seeds "
-                  f"{error:.3f}."]
+        ours = [total - baseline for baseline, _, total in rows]
+        lines += ["", f"The sum minus the baseline: {statistics.mean(ours):+.3f}, standard error over seeds "
+                  f"{statistics.stdev(ours) / len(ours) ** 0.5:.3f}; above it on {sum(x > 0 for x in ours)} of "
+                  f"{len(ours)} seeds."]
     return lines + ["", f"`{command}`"]
 
 
 # -----------------------------------------------------------------------------
 # all parts
 
-RASBT_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 4 "
-               "--per_device_train_batch_size 16").split()
-TRUTHFULQA_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 1 "
+RASBT_FLAGS = ("--learning_rate 3e-4 --num_warmup_steps 20 --num_train_epochs 3 "
+               "--per_device_train_batch_size 8").split()
+TRUTHFULQA_FLAGS = ("--learning_rate 3e-4 --num_warmup_steps 20 --num_train_epochs 1 "
                     "--per_device_train_batch_size 32").split()
-HH_FLAGS = ("--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs 1 "
-            "--per_device_train_batch_size 4 --gradient_accumulation_steps 4").split()
+HH_FLAGS = ("--learning_rate 3e-4 --num_warmup_steps 20 --num_train_epochs 2 "
+            "--per_device_train_batch_size 8").split()
 PPO_FLAGS = ("--max_prompt_seq_len 64 --max_answer_seq_len 64 --per_device_generation_batch_size 32 "
              "--per_device_train_batch_size 16 --ppo_epochs 2 --max_steps 40 --actor_learning_rate 1.5e-4 "
              "--critic_learning_rate 1e-3 --num_warmup_steps 5 --kl_coef 0.05").split()
@@ -295,6 +331,7 @@ def main():
     parser.add_argument("models")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[2, 3, 4], help="of the held-out questions")
+    parser.add_argument("--models_summed", type=int, default=7, help="reward models of one seed")
     parser.add_argument("--samples", type=int, default=16, help="stories to each held-out opening")
     parser.add_argument("--work", type=Path, help="keep the models here; default: a temporary folder")
     args = parser.parse_args()
