@@ -131,7 +131,9 @@ def compare(first, last):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("metrics", help="metrics.jsonl of a PPO run")
-    path = parser.parse_args().metrics
+    parser.add_argument("--gradient_clipping", type=float, default=1.0, help="of the run's DeepSpeed JSON; 0: none")
+    args = parser.parse_args()
+    path = args.metrics
     try:
         lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     except (OSError, ValueError) as error:
@@ -139,7 +141,7 @@ def main():
     if not all("objective/kl" in line for line in lines):
         sys.exit(f"doctor.py: error: {path} is not of a PPO run (objective/kl is missing); step3_ppo.py writes such a "
                  "file beside the actor.")
-    doctor = RunDoctor()
+    doctor = RunDoctor(args.gradient_clipping)
     for line in lines:
         for sentence in doctor(line):
             print(sentence)
