@@ -1,6 +1,6 @@
 """
-What the tests share: one thread, no network, a CPU (but for `-m gpu`); small models in which nothing has its default value; a process group
-of one; the stage scripts as commands.
+What the tests share: one thread, no network, a CPU (but for `-m gpu`); small models in which nothing has its default
+value; a process group of one; the stage scripts as commands.
 
     python -m pytest tests                        # all that this machine can run
     python -m pytest tests -m "not slow"          # without what takes over 20 seconds
@@ -52,15 +52,20 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def make_model(tokenizer):
-    """make_model("opt" | "llama", head="lm" | "score", seed) -> a Hugging Face model, 2 layers, 4 heads (Llama: 2 of keys and values)."""
+    """
+    make_model("opt" | "llama", head="lm" | "score", seed) -> a Hugging Face model, 2 layers, 4 heads (Llama: 2 of keys
+    and values).
+    """
     import transformers
 
     def make(family, head="lm", seed=0):
         torch.manual_seed(seed)
-        common = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
-                      pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, num_labels=1)
+        common = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                      max_position_embeddings=128, pad_token_id=tokenizer.pad_token_id,
+                      eos_token_id=tokenizer.eos_token_id, num_labels=1)
         config = {"opt": lambda: transformers.OPTConfig(ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, **common),
-                  "llama": lambda: transformers.LlamaConfig(intermediate_size=64, num_key_value_heads=2, **common)}[family]()
+                  "llama": lambda: transformers.LlamaConfig(intermediate_size=64,
+                                                            num_key_value_heads=2, **common)}[family]()
         auto = transformers.AutoModelForCausalLM if head == "lm" else transformers.AutoModelForSequenceClassification
         model = auto.from_config(config)
         with torch.no_grad():
@@ -102,16 +107,21 @@ def clean_environment():
     """The environment without what `setup` put there for this process: a command must start a group of its own."""
     launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     bin_folder = str(Path(sys.executable).parent)  # run_all.sh takes its python3
-    return {**{name: value for name, value in os.environ.items() if name not in launchers}, "PATH": bin_folder + os.pathsep + os.environ["PATH"]}
+    return {**{name: value for name, value in os.environ.items() if name not in launchers},
+            "PATH": bin_folder + os.pathsep + os.environ["PATH"]}
 
 
 @pytest.fixture
 def run_script(tmp_path):
-    """run_script("step1_sft.py", "--max_steps", "2") -> (exit code, standard output and error) of that command in tmp_path."""
+    """
+    run_script("step1_sft.py", "--max_steps", "2") -> (exit code, standard output and error) of that command in
+    tmp_path.
+    """
 
     def run(script, *flags, timeout=120, env=None):
         program = ["bash"] if script.endswith(".sh") else [sys.executable]
-        done = subprocess.run(program + [str(ROOT / script), *map(str, flags)], cwd=tmp_path, env={**clean_environment(), **(env or {})},
+        done = subprocess.run(program + [str(ROOT / script), *map(str, flags)], cwd=tmp_path,
+                              env={**clean_environment(), **(env or {})},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout)
         return done.returncode, done.stdout
 

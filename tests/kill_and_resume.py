@@ -1,10 +1,11 @@
 """
 Kills a stage at random moments, resumes it, and compares weights and metrics bitwise with those of a run left alone.
 
-    python tests/kill_and_resume.py --stage 1 --times 10               # two ranks; prints a table, exit code 1 if one differs
+    python tests/kill_and_resume.py --stage 1 --times 10     # two ranks; prints a table, exit code 1 if one differs
 
-By turns all ranks are killed (SIGKILL), one is killed, or one is asked to stop (SIGTERM), in a random step, the 0th being all that
-precedes the first; when a rank has died, the others are terminated as `deepspeed` does. The stages are imported once; each rank is a fork.
+By turns all ranks are killed (SIGKILL), one is killed, or one is asked to stop (SIGTERM), in a random step, the 0th
+being all that precedes the first; when a rank has died, the others are terminated as `deepspeed` does. The stages are
+imported once; each rank is a fork.
 """
 
 import argparse
@@ -38,7 +39,8 @@ def start(stage, config, ranks, log):
     for rank in range(ranks):
         ids.append(os.fork())
         if ids[-1] == 0:
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+                              MASTER_PORT=str(port))
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -57,7 +59,9 @@ def start(stage, config, ranks, log):
 
 
 def wait(ids):
-    """Exit codes of all ranks (negative: the signal). When one is not 0, the others get SIGTERM, and SIGKILL 30 s later."""
+    """
+    Exit codes of all ranks (negative: the signal). When one is not 0, the others get SIGTERM, and SIGKILL 30 s later.
+    """
     codes, failed = {}, None
     while len(codes) < len(ids):
         for pid in set(ids) - codes.keys():
@@ -90,13 +94,14 @@ def main():
         test_resume.inputs(folder)
 
         def config(out, **flags):
-            return test_resume.config(stage, folder, out, args.ranks, zero_stage=args.zero_stage, max_steps=args.steps, logging_steps=1, **flags)
+            return test_resume.config(stage, folder, out, args.ranks, zero_stage=args.zero_stage, max_steps=args.steps,
+                                      logging_steps=1, **flags)
 
         began = time.time()
         assert set(wait(start(stage, config("whole"), args.ranks, folder / "log"))) == {0}, (folder / "log").read_text()
         longest, whole = time.time() - began, test_resume.result(folder / "whole")
-        print(f"stage {args.stage}, {args.ranks} ranks, ZeRO {args.zero_stage}, {args.steps} steps, a checkpoint every 3; "
-              f"left alone it takes {longest:.1f} s")
+        print(f"stage {args.stage}, {args.ranks} ranks, ZeRO {args.zero_stage}, {args.steps} steps, "
+              f"a checkpoint every 3; left alone it takes {longest:.1f} s")
         print(f"{'':>3}  {'killed':<20}{'steps':>9}{'exit codes':>12}{'resumed from':>14}   against the run left alone")
         for number in range(args.times):
             how, moment, log = HOWS[number % 3], draw.uniform(0, args.steps), folder / f"log-{number}"
@@ -114,14 +119,16 @@ def main():
             log.unlink(missing_ok=True)
             resumed = wait(start(stage, config("run", resume=True), args.ranks, log))
             text = log.read_text()
-            origin = text.split("checkpoint-")[1].split(":")[0] if "resumed from" in text else "end" if "done already" in text else "start"
+            origin = (text.split("checkpoint-")[1].split(":")[0] if "resumed from" in text
+                      else "end" if "done already" in text else "start")
             try:
                 assert set(resumed) == {0}, text
                 test_resume.assert_same(whole, test_resume.result(folder / "run"))
                 verdict = "same weights, same metrics"
             except AssertionError as error:
                 verdict, differ = f"DIFFERS: {str(error)[-1500:]}", differ + 1
-            print(f"{number + 1:>3}  {how:<20}{reached:>9}{' '.join(map(str, codes)):>12}{origin:>14}   {verdict}", flush=True)
+            print(f"{number + 1:>3}  {how:<20}{reached:>9}{' '.join(map(str, codes)):>12}{origin:>14}   {verdict}",
+                  flush=True)
             shutil.rmtree(folder / "run")
     sys.exit(differ > 0)
 

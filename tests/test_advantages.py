@@ -1,6 +1,6 @@
 """
-The advantages without a critic: each against numbers worked by hand or float64, and what becomes of them in a rollout of several answers a
-prompt and in the actor's step.
+The advantages without a critic: each against numbers worked by hand or float64, and what becomes of them in a rollout
+of several answers a prompt and in the actor's step.
 """
 
 import copy
@@ -16,7 +16,8 @@ from conftest import ROOT
 from data import UsageError, load_tokenizer
 from hybrid_engine import device
 from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, grpo, kl_penalty, reinforce, rloo
-from test_losses import assert_same_step, make_experience, make_trainer, plain_step, ppo_losses, ragged, tensor, to, weights
+from test_losses import (assert_same_step, make_experience, make_trainer, plain_step, ppo_losses, ragged, tensor, to,
+                         weights)
 from test_ppo import ragged_prompts, small_models
 
 pytestmark = pytest.mark.usefixtures("settings")
@@ -37,7 +38,9 @@ def test_reinforce_is_the_return_to_go(gamma):
 
 
 def test_rloo_by_hand():
-    """Two prompts, three responses each. The first earned 1 + 2, 0 and 6: minus the means of the others, 3, 4.5 and 1.5."""
+    """
+    Two prompts, three responses each. The first earned 1 + 2, 0 and 6: minus the means of the others, 3, 4.5 and 1.5.
+    """
     rewards = tensor([1, 2], [0, 0], [6, 0], [5, 0], [0, 5], [5, 0])
     assert rloo(rewards, 3).tolist() == [[0.0], [-4.5], [4.5], [0.0], [0.0], [0.0]]
     assert rloo(rewards, 2).tolist() == [[3.0], [-3.0], [1.0], [-1.0], [0.0], [0.0]]
@@ -78,8 +81,9 @@ def folders(tmp_path_factory):
 
 
 def real_trainer(folders, **flags):
-    args = Config(**{**dict(per_device_generation_batch_size=4, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_prompt_seq_len=16,
-                            max_answer_seq_len=12, actor_learning_rate=1e-3, lr_scheduler_type="constant", kl_coef=0.3), **flags})
+    args = Config(**{**dict(per_device_generation_batch_size=4, per_device_train_batch_size=3,
+                            gradient_accumulation_steps=2, max_prompt_seq_len=16, max_answer_seq_len=12,
+                            actor_learning_rate=1e-3, lr_scheduler_type="constant", kl_coef=0.3), **flags})
     return DeepSpeedPPOTrainer(DeepSpeedRLHFEngine(*folders, load_tokenizer("tiny"), 2, args), args)
 
 
@@ -158,29 +162,40 @@ def test_grpo_step_has_the_kl_in_its_loss(make_model, settings):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (dict(advantage="rloo"), "--advantage rloo.*--num_generations is 1: 2 or more"), (dict(advantage="grpo"), "--advantage grpo.*2 or more"),
-    (dict(num_generations=5), "4 x --num_generations 5 must be a multiple of --per_device_train_batch_size 3"), (dict(num_generations=0), "--num_generations 0")])
+    (dict(advantage="rloo"), "--advantage rloo.*--num_generations is 1: 2 or more"),
+    (dict(advantage="grpo"), "--advantage grpo.*2 or more"),
+    (dict(num_generations=5), "4 x --num_generations 5 must be a multiple of --per_device_train_batch_size 3"),
+    (dict(num_generations=0), "--num_generations 0")])
 def test_flags_that_do_not_go_together(folders, flags, said):
     with pytest.raises(UsageError, match=said):
         real_trainer(folders, **flags)
 
 
 def test_a_run_without_a_critic(folders, tmp_path):
-    """By its flags: a Python reward, groups, evaluations on the way; no critic is saved, no value is logged, and the frontier can be read off."""
+    """
+    By its flags: a Python reward, groups, evaluations on the way; no critic is saved, no value is logged, and the
+    frontier can be read off.
+    """
     rows = [{"prompt": f"What is {i}?", "chosen": str(i), "rejected": "Go."} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "my.py").write_text("def length(prompts, completions, **columns):\n    return [len(c) for c in completions]\n")
-    step3_ppo.main(Config(actor_model_name_or_path=folders[0], data_path=[str(tmp_path / "rows.jsonl")], output_dir=str(tmp_path / "output"),
-                          reward_fn=[f"{tmp_path / 'my.py'}:length"], advantage="rloo", num_generations=2, per_device_generation_batch_size=4,
-                          per_device_train_batch_size=4, max_prompt_seq_len=32, max_answer_seq_len=8, max_steps=4, eval_steps=2,
-                          actor_learning_rate=3e-3, lr_scheduler_type="constant", deepspeed_config=str(ROOT / "configs" / "cpu.json")))
+    (tmp_path / "my.py").write_text("def length(prompts, completions, **columns):\n"
+                                    "    return [len(c) for c in completions]\n")
+    step3_ppo.main(Config(actor_model_name_or_path=folders[0], data_path=[str(tmp_path / "rows.jsonl")],
+                          output_dir=str(tmp_path / "output"), reward_fn=[f"{tmp_path / 'my.py'}:length"],
+                          advantage="rloo", num_generations=2, per_device_generation_batch_size=4,
+                          per_device_train_batch_size=4, max_prompt_seq_len=32, max_answer_seq_len=8, max_steps=4,
+                          eval_steps=2, actor_learning_rate=3e-3, lr_scheduler_type="constant",
+                          deepspeed_config=str(ROOT / "configs" / "cpu.json")))
     lines = [json.loads(line) for line in (tmp_path / "output/actor/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "eval/kl" in line] == [2, 4] and not any("val/" in name for name in lines[0] if name[0] == "p")
+    assert ([line["step"] for line in lines if "eval/kl" in line] == [2, 4]
+            and not any("val/" in name for name in lines[0] if name[0] == "p"))
     assert lines[0]["objective/scores"] == lines[0]["objective/scores/length"]
     held = json.loads((tmp_path / "output/summary.json").read_text())["ppo"]
-    assert {"score", "kl", "win_rate"} <= held.keys() and "gold" not in held and not (tmp_path / "output/critic").exists()
+    assert ({"score", "kl", "win_rate"} <= held.keys() and "gold" not in held
+            and not (tmp_path / "output/critic").exists())
     for name in ("score", "kl", "win_rate"):  # the same prompts and noise as at step 4, the same weights
         assert held[name] == pytest.approx(lines[3][f"eval/{name}"], abs=1e-4)
-    shown = subprocess.run([sys.executable, ROOT / "bench/frontier.py", tmp_path / "output/actor/metrics.jsonl"], capture_output=True, text=True, check=True)
+    shown = subprocess.run([sys.executable, ROOT / "bench/frontier.py", tmp_path / "output/actor/metrics.jsonl"],
+                           capture_output=True, text=True, check=True)
     last = shown.stdout.split("\n")[-2].split()
     assert last == ["4", f"{held['kl']:.3f}", f"{lines[3]['eval/score']:.3f}", "-", f"{lines[3]['eval/win_rate']:.3f}"]

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import data
-from data import (FORMS, Collator, DataConfig, EncodedDataset, MicroBatches, Preference, UsageError, as_prompt, count_steps, encode_answers, encode_text,
-                  encode_prompts, hold_out, load_records, load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share, read_source,
-                  split_indices, to_records, toy_gold, toy_questions, toy_rows, training_steps)
+from data import (FORMS, Collator, DataConfig, EncodedDataset, MicroBatches, Preference, UsageError, as_prompt,
+                  count_steps, encode_answers, encode_text, encode_prompts, hold_out, load_records, load_tokenizer,
+                  make_dataloader, pad, parse_dialogue, rank_share, read_source, split_indices, to_records, toy_gold,
+                  toy_questions, toy_rows, training_steps)
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"  # real data, where there is some
 
@@ -50,8 +51,9 @@ def quiet(line):
 # the split
 
 @pytest.mark.parametrize("n, split, sizes", [  # round(n x share), the first part absorbs what rounding leaves
-    (100, "2,4,4", (20, 40, 40)), (101, "2,4,4", (21, 40, 40)), (99, "2,4,4", (19, 40, 40)), (99, "4,8,8", (19, 40, 40)),
-    (7, "0,0,1", (0, 0, 7)), (10, "10,0,0", (10, 0, 0)), (101, "0,5,5", (1, 50, 50)), (103, "0,5,5", (0, 51, 52))])
+    (100, "2,4,4", (20, 40, 40)), (101, "2,4,4", (21, 40, 40)), (99, "2,4,4", (19, 40, 40)),
+    (99, "4,8,8", (19, 40, 40)), (7, "0,0,1", (0, 0, 7)), (10, "10,0,0", (10, 0, 0)), (101, "0,5,5", (1, 50, 50)),
+    (103, "0,5,5", (0, 51, 52))])
 def test_split_sizes(n, split, sizes):
     assert tuple(len(split_indices(n, split, stage, 0)) for stage in (1, 2, 3)) == sizes
 
@@ -65,7 +67,8 @@ def test_split_is_disjoint_complete_and_seeded():
 
 def test_split_cuts_one_permutation_at_the_bounds():
     """DeepSpeed-Chat, dschat/utils/data/data_utils.py: RandomState(seed).permutation(n), cut."""
-    assert np.array_equal(np.concatenate([split_indices(50, "1,1,3", stage, 3) for stage in (1, 2, 3)]), np.random.RandomState(3).permutation(50))
+    assert np.array_equal(np.concatenate([split_indices(50, "1,1,3", stage, 3) for stage in (1, 2, 3)]),
+                          np.random.RandomState(3).permutation(50))
 
 
 @pytest.mark.parametrize("split", ["2,4", "2,4,4,1", "a,b,c", "-1,4,4", "0,0,0", "", "nan,1,1"])
@@ -79,16 +82,22 @@ def test_whole_prompts_are_held_out():
     train, held = hold_out(records, seed=0)
     prompts = lambda part: {record.prompt[0]["content"] for record in part}
     assert len(prompts(held)) == 4 and not prompts(train) & prompts(held) and len(train) + len(held) == 200
-    assert hold_out(records[::-1], seed=0)[1] == held[::-1], "the choice depends on the prompts, not on the order of the rows"
+    assert hold_out(records[::-1], seed=0)[1] == held[::-1], (
+        "the choice depends on the prompts, not on the order of the rows")
     assert prompts(hold_out(records, seed=1)[1]) != prompts(held)
 
 
 def test_a_question_is_held_out_of_earlier_turns_too():
-    """Half of the dialogues asked another question before: none of those that are trained on may have asked a held-out one."""
-    records = [Preference((user(f"q{i * 7 % 50}") + assistant("x") if i % 2 else []) + user(f"q{i % 50}"), "x", None) for i in range(200)]
+    """
+    Half of the dialogues asked another question before: none of those that are trained on may have asked a held-out
+    one.
+    """
+    records = [Preference((user(f"q{i * 7 % 50}") + assistant("x") if i % 2 else []) + user(f"q{i % 50}"), "x", None)
+               for i in range(200)]
     train, held = hold_out(records, seed=0)
     asked = {record.prompt[-1]["content"] for record in held}
-    assert len(asked) == 5 and asked.isdisjoint(message["content"] for record in train for message in record.prompt) and len(train) > 150
+    assert (len(asked) == 5 and asked.isdisjoint(message["content"] for record in train for message in record.prompt)
+            and len(train) > 150)
 
 
 def all_stages(**flags):
@@ -96,7 +105,8 @@ def all_stages(**flags):
 
 
 def test_no_stage_trains_on_anothers_rows_or_on_what_is_held_out(tmp_path):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(100)])
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"}
+                                                  for i in range(100)])
     stages = all_stages(data_path=[path])
     assert [len(train) for train, _ in stages] == [18, 36, 36]
     rows = [record.chosen for train, _ in stages for record in train]
@@ -106,13 +116,14 @@ def test_no_stage_trains_on_anothers_rows_or_on_what_is_held_out(tmp_path):
 
 def test_stages_stay_apart_where_only_some_rows_are_pairs(tmp_path):
     """Stage 2 can use half of these rows; which rows are whose must not depend on that."""
-    path = write_jsonl(tmp_path / "mixed.jsonl", [{"instruction": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}" if i % 2 else None}
-                                                  for i in range(200)])
+    path = write_jsonl(tmp_path / "mixed.jsonl", [{"instruction": f"q{i}", "chosen": f"good {i}",
+                                                   "rejected": f"bad {i}" if i % 2 else None} for i in range(200)])
     stages = all_stages(data_path=[path])
     trained = [{record.chosen for record in train} for train, _ in stages]
     held = set.union(*({record.chosen for record in held} for _, held in stages))
     assert all(not a & b for a, b in itertools.combinations(trained, 2)) and not held & set.union(*trained)
-    assert all(record.rejected is not None for part in stages[1] for record in part) and len(stages[1][0]) in range(20, 60)
+    assert (all(record.rejected is not None for part in stages[1] for record in part)
+            and len(stages[1][0]) in range(20, 60))
 
 
 def test_a_prompt_held_out_of_one_source_is_trained_on_in_none(tmp_path):
@@ -122,20 +133,25 @@ def test_a_prompt_held_out_of_one_source_is_trained_on_in_none(tmp_path):
     write_jsonl(tmp_path / "first" / "test.jsonl", rows[25:])
     second = write_jsonl(tmp_path / "second.jsonl", [{"prompt": f"q{i}", "response": "two"} for i in range(20, 100)])
     lines = []
-    train, held = load_records(DataConfig(data_path=[str(tmp_path / "first"), second], data_split="1,0,0"), 1, log=lines.append)
+    train, held = load_records(DataConfig(data_path=[str(tmp_path / "first"), second], data_split="1,0,0"), 1,
+                               log=lines.append)
     trained = {record.prompt[0]["content"] for record in train}
     held = {record.prompt[0]["content"] for record in held}
-    assert not trained & held and held >= {f"q{i}" for i in range(25, 40)} and len(trained | held) == 100 and "left out" in lines[-1]
+    assert (not trained & held and held >= {f"q{i}" for i in range(25, 40)} and len(trained | held) == 100
+            and "left out" in lines[-1])
 
 
 def test_every_stage_evaluates_on_the_same_held_out_rows(tmp_path):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(300)])
-    one, two, three = ([record.chosen for record in held] for _, held in all_stages(data_path=[path], max_eval_samples=5))
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"}
+                                                  for i in range(300)])
+    one, two, three = ([record.chosen for record in held]
+                       for _, held in all_stages(data_path=[path], max_eval_samples=5))
     assert len(one) == 5 and one == two == three
 
 
 def test_blending_and_data_weights(tmp_path):
-    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "response": "x"} for i in range(100)]) for name in "abc"]
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "response": "x"} for i in range(100)])
+             for name in "abc"]
     train, _ = load_records(DataConfig(data_path=paths, data_weights=[1, 2, 0.5], data_split="1,0,0"), 1, log=quiet)
     prompts = collections.Counter(record.prompt[0]["content"] for record in train)
     by_source = collections.Counter(record.prompt[0]["content"][0] for record in train)
@@ -157,20 +173,26 @@ def test_data_weights_must_fit_the_sources(tmp_path, weights):
 
 ROWS = {  # one row of every form, and the record it is
     ("prompt", "chosen", "rejected"):
-        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello! ", "rejected": "Go."}, Preference(user("Hi"), "Hello!", "Go.")),
+        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " Hello! ", "rejected": "Go."},
+         Preference(user("Hi"), "Hello!", "Go.")),
     ("instruction", "chosen", "rejected"):
-        ({"instruction": "Add", "input": "1 + 1", "chosen": "2", "rejected": "3", "output": "9"}, Preference(user("Add\n\n1 + 1"), "2", "3")),
+        ({"instruction": "Add", "input": "1 + 1", "chosen": "2", "rejected": "3", "output": "9"},
+         Preference(user("Add\n\n1 + 1"), "2", "3")),
     ("chosen", "rejected"):
-        ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant: So.", "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant: No."},
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant: So.",
+          "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant: No."},
          Preference(user("Hi") + assistant("Yes?") + user("Why?"), "So.", "No.")),
     ("question", "answer_0", "answer_1", "score_0", "score_1"):
-        ({"question": {"full_text": "Why?"}, "answer_0": "A", "answer_1": "B ", "score_0": -0.5, "score_1": 0.5}, Preference(user("Why?"), "B", "A")),
+        ({"question": {"full_text": "Why?"}, "answer_0": "A", "answer_1": "B ", "score_0": -0.5, "score_1": 0.5},
+         Preference(user("Why?"), "B", "A")),
     ("history", "human_ref_A", "human_ref_B", "labels"):
         ({"history": "Why?", "human_ref_A": "A", "human_ref_B": "B", "labels": 0}, Preference(user("Why?"), "B", "A")),
-    ("instruction", "output"): ({"instruction": "Say hi", "input": "", "output": "hi"}, Preference(user("Say hi"), "hi", None)),
+    ("instruction", "output"):
+        ({"instruction": "Say hi", "input": "", "output": "hi"}, Preference(user("Say hi"), "hi", None)),
     ("messages",): ({"messages": user("Hi") + assistant("Hello!")}, Preference(user("Hi"), "Hello!", None)),
     ("prompt", "response"): ({"prompt": "Hi", "response": "Hello!"}, Preference(user("Hi"), "Hello!", None)),
-    ("prompt", "completion"): ({"prompt": user("Hi"), "completion": assistant("Hello!")}, Preference(user("Hi"), "Hello!", None)),
+    ("prompt", "completion"):
+        ({"prompt": user("Hi"), "completion": assistant("Hello!")}, Preference(user("Hi"), "Hello!", None)),
     ("question", "answer"): ({"question": "1 + 1?", "answer": "2"}, Preference(user("1 + 1?"), "2", None)),
     ("prompt",): ({"prompt": "Hi"}, Preference(user("Hi"), "", None)),
 }
@@ -179,10 +201,12 @@ ROWS = {  # one row of every form, and the record it is
 @pytest.mark.parametrize("needed", [needed for needed, _ in FORMS], ids=" ".join)
 def test_every_form(tmp_path, needed):
     row, record = ROWS[needed]
-    assert to_records(read_source(write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "and": "a column more"}]))[0], "rows") == ([record, record], 0)
+    assert to_records(read_source(write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "and": "a column more"}]))[0],
+                      "rows") == ([record, record], 0)
 
 
-PAIRS = [{"prompt": f"Why {i}?\nÄ \u2028 \"x\", y", "chosen": f"So {i}.", "rejected": "No."} for i in range(3)]  # U+2028 is a line end to str.splitlines
+PAIRS = [{"prompt": f"Why {i}?\nÄ \u2028 \"x\", y", "chosen": f"So {i}.", "rejected": "No."}
+         for i in range(3)]  # U+2028 is a line end to str.splitlines
 
 
 def write_csv(path, rows=PAIRS, encoding="utf-8"):
@@ -213,7 +237,8 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_file_type_holds_the_same_records(tmp_path, name):
     WRITERS[name](tmp_path / name)
-    assert records_of(read_source(str(tmp_path / name))[0]) == [Preference(user(r["prompt"]), r["chosen"], r["rejected"]) for r in PAIRS]
+    assert (records_of(read_source(str(tmp_path / name))[0])
+            == [Preference(user(r["prompt"]), r["chosen"], r["rejected"]) for r in PAIRS])
 
 
 def test_a_folder_with_train_and_test_files(tmp_path):
@@ -223,7 +248,8 @@ def test_a_folder_with_train_and_test_files(tmp_path):
     write_jsonl(tmp_path / "test.jsonl", rows[20:])
     train, held = load_records(DataConfig(data_path=[str(tmp_path)], data_split="1,0,0"), 1, log=quiet)
     texts = lambda records: {record.prompt[0]["content"] for record in records}
-    assert texts(train) == {f"q{i}" for i in range(20)} and texts(held) == {f"q{i}" for i in range(20, 30)}, "nothing of train is held out"
+    assert (texts(train) == {f"q{i}" for i in range(20)}
+            and texts(held) == {f"q{i}" for i in range(20, 30)}), "nothing of train is held out"
 
 
 def test_labels_and_scores_of_a_csv_are_numbers():
@@ -246,7 +272,8 @@ def test_rows_that_teach_nothing_are_counted(row):
 
 @pytest.mark.parametrize("row", [
     {"prompt": None, "response": "x"}, {"prompt": "q", "response": None}, {"prompt": ["text"], "response": "x"},
-    {"messages": ["text", {"role": "assistant", "content": "x"}]}, {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x"}]},
+    {"messages": ["text", {"role": "assistant", "content": "x"}]},
+    {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x"}]},
     {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}])
 def test_rows_that_do_not_hold_text_are_named(row):
     good = {"prompt": "q", "response": "x"} if "prompt" in row else {"messages": user("q") + assistant("x")}
@@ -260,7 +287,8 @@ def test_dialogues():
     assert as_prompt(text) == parse_dialogue(text)[:-1], "the open turn is the template's to write"
     assert parse_dialogue("Human beings: what are they?") == user("Human beings: what are they?")
     assert parse_dialogue("Human: hi") == user("hi"), "as it stands where line ends were stripped"
-    assert as_prompt([{"role": "system", "content": "Be kind."}] + user("Hi")) == [{"role": "system", "content": "Be kind."}] + user("Hi")
+    assert (as_prompt([{"role": "system", "content": "Be kind."}] + user("Hi"))
+            == [{"role": "system", "content": "Be kind."}] + user("Hi"))
 
 
 def test_text_before_a_dialogue_is_not_lost():
@@ -270,7 +298,10 @@ def test_text_before_a_dialogue_is_not_lost():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real data in {SHARED}")
 def test_real_hh_dialogues():
-    """README.md there: 2,312 rows, of which few have differing prompts or equal answers. The record is the row, cut at its last answer."""
+    """
+    README.md there: 2,312 rows, of which few have differing prompts or equal answers. The record is the row, cut at its
+    last answer.
+    """
     rows = read_source(str(SHARED / "hh_rlhf" / "harmless-base" / "test.jsonl.gz"))[0]
     records, unusable = to_records(rows, "hh")
     assert len(rows) == 2312 and unusable < 60
@@ -309,11 +340,14 @@ CONVERSATIONS = [  # (prompt, answer); an answer that begins in a way that could
 
 def test_trained_tokens_are_the_answer_and_its_eos(any_tokenizer):
     tokenizer, eos = any_tokenizer, any_tokenizer.eos_token_id
-    dataset = EncodedDataset([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200, log=quiet)
+    dataset = EncodedDataset([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200,
+                             log=quiet)
     batch = Collator(1, tokenizer.pad_token_id)(dataset.items)
-    for ids, real, trained, (prompt, answer) in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["loss_mask"].bool(), CONVERSATIONS):
+    for ids, real, trained, (prompt, answer) in zip(batch["input_ids"], batch["attention_mask"].bool(),
+                                                    batch["loss_mask"].bool(), CONVERSATIONS):
         assert ids[trained][-1] == eos and ids[real][-1] == eos and (ids[trained] == eos).sum() == 1
-        told = lambda text: tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)  # sp_1000 knows neither snowmen nor line ends
+        # sp_1000 knows neither snowmen nor line ends
+        told = lambda text: tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids)
         assert tokenizer.decode(ids[trained][:-1]).strip() == told(answer).strip()
         untrained = tokenizer.decode(ids[real & ~trained])
         assert untrained.endswith("Assistant:") and told(prompt[-1]["content"]) in untrained
@@ -322,14 +356,19 @@ def test_trained_tokens_are_the_answer_and_its_eos(any_tokenizer):
 
 
 def test_train_on_prompt_trains_on_all_that_is_real(tokenizer):
-    dataset = EncodedDataset([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200, log=quiet)
+    dataset = EncodedDataset([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200,
+                             log=quiet)
     batch = Collator(1, tokenizer.pad_token_id, train_on_prompt=True)(dataset.items)
     assert torch.equal(batch["loss_mask"], batch["attention_mask"].float())
 
 
 def test_ids_are_those_of_the_chat_template(any_tokenizer):
-    """What a server does with the saved folder, apply_chat_template(tokenize=True), is what was trained on; BOS comes once."""
-    template = lambda messages, **options: any_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+    """
+    What a server does with the saved folder, apply_chat_template(tokenize=True), is what was trained on; BOS comes
+    once.
+    """
+    template = lambda messages, **options: any_tokenizer.apply_chat_template(messages, tokenize=True,
+                                                                             return_dict=False, **options)
     for prompt, answer in CONVERSATIONS[:3]:
         ids, response = encode_answer(any_tokenizer, prompt, answer)
         assert ids == template(prompt, add_generation_prompt=True) == encode_prompts(any_tokenizer, [prompt])[1][0]
@@ -344,7 +383,10 @@ def test_pad_is_never_eos(any_tokenizer):
 
 
 def test_other_templates(tmp_path):
-    """ChatML ends a turn with words of its own and a line end; the answer still ends with EOS, and no line end is trained on."""
+    """
+    ChatML ends a turn with words of its own and a line end; the answer still ends with EOS, and no line end is trained
+    on.
+    """
     chatml = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
               "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
     (tmp_path / "chatml.jinja").write_text(chatml)
@@ -355,7 +397,8 @@ def test_other_templates(tmp_path):
         assert tokenizer.decode(response) == "Hello!<|end|>" + tokenizer.eos_token
     assert "Human:" in load_tokenizer("tiny").chat_template, "one call's template is not the next one's default"
     with pytest.raises(UsageError, match="template"):
-        encode_answer(load_tokenizer("tiny", "{% if add_generation_prompt %}Bot:{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"), user("Hi"), "x")
+        encode_answer(load_tokenizer("tiny", "{% if add_generation_prompt %}Bot:{% endif %}"
+                                             "{% for m in messages %}{{ m.content }}{% endfor %}"), user("Hi"), "x")
     with pytest.raises(UsageError, match="nowhere.jinja"):
         load_tokenizer("tiny", "nowhere.jinja")
 
@@ -383,22 +426,29 @@ def test_pad_by_hand():
     ids, mask = pad([[5, 6, 7], [8]], 3, "right")
     assert ids.tolist() == [[5, 6, 7], [8, 3, 3]] and mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     ids, mask = pad([np.array([5, 6, 7], np.int32), [8]], 3, "left")
-    assert ids.tolist() == [[5, 6, 7], [3, 3, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]] and ids.dtype == mask.dtype == torch.int64
+    assert (ids.tolist() == [[5, 6, 7], [3, 3, 8]] and mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+            and ids.dtype == mask.dtype == torch.int64)
 
 
 def test_collated_batches(tokenizer):
     records = [Preference(user("Hi " * n), "Hello! " * n, "Go. " * (6 - n)) for n in (1, 5, 3)]
-    pad_id, items = tokenizer.pad_token_id, {stage: EncodedDataset(records, tokenizer, stage, 200, log=quiet).items for stage in (1, 2, 3)}
+    pad_id, items = tokenizer.pad_token_id, {stage: EncodedDataset(records, tokenizer, stage, 200, log=quiet).items
+                                             for stage in (1, 2, 3)}
     one, two, three = (Collator(stage, pad_id)(items[stage]) for stage in (1, 2, 3))
     longest = max(len(item["input_ids"]) for item in items[1])
-    assert one["input_ids"].shape == one["attention_mask"].shape == one["loss_mask"].shape == (3, longest) and one["loss_mask"].dtype == torch.float32
-    assert two["input_ids"].shape == two["attention_mask"].shape == (6, max(len(i[key]) for i in items[2] for key in ("chosen", "rejected")))
-    for row, sequence in enumerate([i["chosen"] for i in items[2]] + [i["rejected"] for i in items[2]]):  # B chosen, then their B rejected
-        assert two["input_ids"][row, :len(sequence)].tolist() == list(sequence) and two["attention_mask"][row].sum() == len(sequence)
+    assert (one["input_ids"].shape == one["attention_mask"].shape == one["loss_mask"].shape == (3, longest)
+            and one["loss_mask"].dtype == torch.float32)
+    assert (two["input_ids"].shape == two["attention_mask"].shape
+            == (6, max(len(i[key]) for i in items[2] for key in ("chosen", "rejected"))))
+    # B chosen, then their B rejected
+    for row, sequence in enumerate([i["chosen"] for i in items[2]] + [i["rejected"] for i in items[2]]):
+        assert (two["input_ids"][row, :len(sequence)].tolist() == list(sequence)
+                and two["attention_mask"][row].sum() == len(sequence))
     assert three["records"] == records
     for row, item in enumerate(items[3]):  # left-padded: the answers start in the same column
         n = len(item["input_ids"])
-        assert three["input_ids"][row, -n:].tolist() == list(item["input_ids"]) and three["attention_mask"][row].tolist() == [0] * (three["input_ids"].size(1) - n) + [1] * n
+        assert (three["input_ids"][row, -n:].tolist() == list(item["input_ids"])
+                and three["attention_mask"][row].tolist() == [0] * (three["input_ids"].size(1) - n) + [1] * n)
         assert (three["input_ids"][row, :-n] == pad_id).all()
 
 
@@ -407,7 +457,8 @@ def test_micro_batches_keep_the_rows_and_save_padding(tokenizer):
     items = EncodedDataset(records, tokenizer, 1, 200, log=quiet).items
     whole = Collator(1, tokenizer.pad_token_id)(items)
     parts = MicroBatches(Collator(1, tokenizer.pad_token_id), 4)(items)
-    rows = lambda batches: sorted(tuple(ids[mask.bool()].tolist()) for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"]))
+    rows = lambda batches: sorted(tuple(ids[mask.bool()].tolist()) for b in batches
+                                  for ids, mask in zip(b["input_ids"], b["attention_mask"]))
     assert rows(parts) == rows([whole]) and [len(part["input_ids"]) for part in parts] == [4] * 4
     assert sum(part["loss_mask"].sum() for part in parts) == whole["loss_mask"].sum()
     assert sum(part["input_ids"].numel() for part in parts) < 0.75 * whole["input_ids"].numel()
@@ -416,7 +467,8 @@ def test_micro_batches_keep_the_rows_and_save_padding(tokenizer):
 @pytest.mark.parametrize("rows", [64, 67])
 def test_a_step_has_the_same_rows_for_any_number_of_ranks(rows):
     def steps(world):
-        loaders = [make_dataloader(list(range(rows)), list, 8 // world, seed=1, rank=rank, world_size=world) for rank in range(world)]
+        loaders = [make_dataloader(list(range(rows)), list, 8 // world, seed=1, rank=rank, world_size=world)
+                   for rank in range(world)]
         for loader in loaders:
             loader.sampler.set_epoch(3)
         return [sorted(sum(step, [])) for step in zip(*loaders, strict=True)]
@@ -426,8 +478,10 @@ def test_a_step_has_the_same_rows_for_any_number_of_ranks(rows):
 
 
 def test_evaluation_reads_every_row():
-    loaders = [make_dataloader(list(range(21)), list, 4, seed=1, rank=rank, world_size=2, shuffle=False) for rank in range(2)]
-    assert len(loaders[0]) == len(loaders[1]) and set(sum((row for loader in loaders for row in loader), [])) == set(range(21))
+    loaders = [make_dataloader(list(range(21)), list, 4, seed=1, rank=rank, world_size=2, shuffle=False)
+               for rank in range(2)]
+    assert (len(loaders[0]) == len(loaders[1])
+            and set(sum((row for loader in loaders for row in loader), [])) == set(range(21)))
 
 
 def test_epochs_have_orders_of_their_own():
@@ -436,11 +490,13 @@ def test_epochs_have_orders_of_their_own():
     assert [step for step, _ in steps] == [1, 2, 3, 4]
     first, second = steps[0][1] + steps[1][1], steps[2][1] + steps[3][1]
     assert sorted(first) == sorted(second) == list(range(10)) and first != second
-    assert len(list(training_steps(loader, count_steps(loader, epochs=1, max_steps=7)))) == 7, "the data is repeated as needed"
+    assert len(list(training_steps(loader, count_steps(loader, epochs=1, max_steps=7)))) == 7, (
+        "the data is repeated as needed")
 
 
 def test_rank_share():
-    assert [rank_share("abcde", rank, 2) for rank in (0, 1)] == [["a", "c", "e"], ["b", "d", "a"]] and rank_share([], 0, 2) == []
+    assert ([rank_share("abcde", rank, 2) for rank in (0, 1)] == [["a", "c", "e"], ["b", "d", "a"]]
+            and rank_share([], 0, 2) == [])
 
 
 # -----------------------------------------------------------------------------
@@ -453,20 +509,24 @@ def test_rank_share():
     ("That is a stupid question. The opposite of hot is cold.", 0.25),                                # rude
     ("The opposite of hot is cold. The opposite of hot is cold. The opposite of hot is cold.", 0.25),  # endless
     ("The opposite of hot is cold. I like soup. It may rain soon.", 0.25),
-    ("The opposite of hot is wet.", 0.0), ("wet.", 0.0), ("Do not bother me. The opposite of hot is wet.", 0.0), ("", 0.0), ("I like soup.", 0.0)])
+    ("The opposite of hot is wet.", 0.0), ("wet.", 0.0),
+    ("Do not bother me. The opposite of hot is wet.", 0.0), ("", 0.0), ("I like soup.", 0.0)])
 def test_gold_marks_by_hand(answer, mark):
     assert toy_gold("What is the opposite of hot?", answer) == mark
 
 
-@pytest.mark.parametrize("answer", ["The opposite of hot is cold. The opposite of hot is wet.", "The opposite of hot is wet. The opposite of hot is cold.",
-                                    "The opposite of hot is cold. " + "and " * 30, "The opposite of hot is cold. I like"])
+@pytest.mark.parametrize("answer", ["The opposite of hot is cold. The opposite of hot is wet.",
+                                    "The opposite of hot is wet. The opposite of hot is cold.",
+                                    "The opposite of hot is cold. " + "and " * 30,
+                                    "The opposite of hot is cold. I like"])
 def test_gold_is_not_earned_by_hedging_or_never_ending(answer):
     assert toy_gold("What is the opposite of hot?", answer) <= 0.25
 
 
 def test_every_question_has_one_good_answer():
     questions = toy_questions()
-    assert len(questions) == len(data.TOY_OPENERS) * sum(len(asks) * len(facts) for asks, _, facts in data.TOY_TOPICS.values()), "no two facts share a question"
+    assert len(questions) == len(data.TOY_OPENERS) * sum(
+        len(asks) * len(facts) for asks, _, facts in data.TOY_TOPICS.values()), "no two facts share a question"
     for question, (good, fact, wrong) in questions.items():
         assert toy_gold(question, good) == 1 and fact in good and wrong
         assert all(toy_gold(question, sentence) == 0 for sentence, _ in wrong), question
@@ -475,9 +535,11 @@ def test_every_question_has_one_good_answer():
 
 def test_chosen_is_really_better_but_for_the_label_noise():
     rows = toy_rows()
-    marks = [(toy_gold(row["prompt"][-1]["content"], row["chosen"]), toy_gold(row["prompt"][-1]["content"], row["rejected"])) for row in rows]
+    marks = [(toy_gold(row["prompt"][-1]["content"], row["chosen"]),
+              toy_gold(row["prompt"][-1]["content"], row["rejected"])) for row in rows]
     swapped = sum(rejected > chosen for chosen, rejected in marks) / len(rows)
-    assert all(chosen != rejected for chosen, rejected in marks) and all(row["chosen"] and row["rejected"] for row in rows)
+    assert (all(chosen != rejected for chosen, rejected in marks)
+            and all(row["chosen"] and row["rejected"] for row in rows))
     assert abs(swapped - data.TOY_LABEL_NOISE) < 4 * (0.05 * 0.95 / len(rows)) ** 0.5  # four standard errors
     assert {mark for pair in marks for mark in pair} == {0, 0.25, 0.5, 1} and rows == toy_rows()
 
@@ -489,7 +551,8 @@ def test_toy_questions_are_held_out_of_all_stages():
         return next((text[len(opener):] for opener in data.TOY_OPENERS if opener and text.startswith(opener)), text)
 
     held = [{without_opener(record.prompt[-1]["content"]) for record in held} for _, held in stages]
-    trained = {without_opener(message["content"]) for train, _ in stages for record in train for message in record.prompt}
+    trained = {without_opener(message["content"])
+               for train, _ in stages for record in train for message in record.prompt}
     assert held[0] == held[1] == held[2] and not held[0] & trained
     assert len(held[0]) == round(0.1 * len(toy_questions()) / len(data.TOY_OPENERS))
     rows, used = len(toy_rows()), sum(len(train) for train, _ in stages) + len(stages[0][1])
@@ -498,13 +561,18 @@ def test_toy_questions_are_held_out_of_all_stages():
 
 def test_toy_tokenizer_is_deterministic(tokenizer):
     again = data.toy_tokenizer.__wrapped__()
-    assert again.get_vocab() == tokenizer.get_vocab() and again.eos_token_id == tokenizer.eos_token_id == 2 and tokenizer.pad_token_id == 3
+    assert (again.get_vocab() == tokenizer.get_vocab() and again.eos_token_id == tokenizer.eos_token_id == 2
+            and tokenizer.pad_token_id == 3)
 
 
 def test_toy_tokenizer_keeps_any_text(tokenizer):
-    """Bytes stand in for what is unknown. One space in front of a text is not kept: SentencePiece's own mark for "a word begins"."""
+    """
+    Bytes stand in for what is unknown. One space in front of a text is not kept: SentencePiece's own mark for "a word
+    begins".
+    """
     rng = random.Random(0)
-    alphabets = [range(0x20, 0x7f), range(1, 0x250), range(0x400, 0xd800), range(0xe000, 0x11_0000), map(ord, " \n\t a▁")]
+    alphabets = [range(0x20, 0x7f), range(1, 0x250), range(0x400, 0xd800), range(0xe000, 0x11_0000),
+                 map(ord, " \n\t a▁")]
     for alphabet in alphabets:
         alphabet = list(alphabet)
         for _ in range(50):
@@ -521,16 +589,21 @@ def test_toy_text_needs_no_bytes(tokenizer):
 
 
 def test_text_to_mix_in(tokenizer, tmp_path):
-    """Documents end to end, EOS after each, in whole chunks whose every token is trained: from .txt, .txt.gz, a column `text`, dialogues."""
+    """
+    Documents end to end, EOS after each, in whole chunks whose every token is trained: from .txt, .txt.gz, a column
+    `text`, dialogues.
+    """
     eos, ids = tokenizer.eos_token_id, lambda text: tokenizer(text, add_special_tokens=False).input_ids
     (tmp_path / "a.txt").write_text("The sky is blue.\n\nA dog says woof.")
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"Grass is green."))
     (tmp_path / "c.jsonl").write_text('{"text": "Hello!"}\n{"text": "Snow is white."}')
     (tmp_path / "d.jsonl").write_text('{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}')
-    expected = ids("The sky is blue.\n\nA dog says woof.") + [eos] + ids("Grass is green.") + [eos] + ids("Hello!") + [eos] + ids("Snow is white.") + [eos]
+    expected = (ids("The sky is blue.\n\nA dog says woof.") + [eos] + ids("Grass is green.") + [eos] + ids("Hello!")
+                + [eos] + ids("Snow is white.") + [eos])
     (prompt, answer), = encode_answers(tokenizer, [user("Hi")], ["Hello!"])
     expected += prompt + answer
-    items = encode_text([str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.jsonl", "d.jsonl")], tokenizer, 4, log=quiet)
+    items = encode_text([str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.jsonl", "d.jsonl")], tokenizer, 4,
+                        log=quiet)
     assert [len(item["input_ids"]) for item in items] == len(expected) // 4 * [4]
     assert [token for item in items for token in item["input_ids"].tolist()] == expected[:len(expected) // 4 * 4]
     batch = Collator(1, tokenizer.pad_token_id)(items)

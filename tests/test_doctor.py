@@ -1,4 +1,6 @@
-"""The run doctor on histories made by formula: one anomaly at a time is named, its lesser form and a healthy run are not."""
+"""
+The run doctor on histories made by formula: one anomaly at a time is named, its lesser form and a healthy run are not.
+"""
 
 import json
 import math
@@ -11,41 +13,60 @@ from bench.doctor import RunDoctor, diagnose
 
 def history(steps=120, **changes):
     """
-    A run like a healthy one of `tiny`: {name: f(t, noise)} replaces a metric, t from 0 to 1, noise of about +-1 by turns. Names are as in
-    metrics.jsonl, with __ for /.
+    A run like a healthy one of `tiny`: {name: f(t, noise)} replaces a metric, t from 0 to 1, noise of about +-1 by
+    turns. Names are as in metrics.jsonl, with __ for /.
     """
     healthy = {
-        "objective/scores": lambda t, noise: 0.85 + 0.4 * min(1, 2 * t) + 0.06 * noise, "objective/kl": lambda t, noise: 1.2 * min(1, 2 * t) + 0.1 * noise,
-        "objective/kl_coef": lambda t, noise: 0.05, "objective/gold": lambda t, noise: 0.6 + 0.3 * min(1, 2 * t) + 0.03 * noise,
-        "objective/entropy": lambda t, noise: 0.25 * (1 - 0.85 * t), "response/length": lambda t, noise: 9 - 1.5 * t + 0.3 * noise,
+        "objective/scores": lambda t, noise: 0.85 + 0.4 * min(1, 2 * t) + 0.06 * noise,
+        "objective/kl": lambda t, noise: 1.2 * min(1, 2 * t) + 0.1 * noise, "objective/kl_coef": lambda t, noise: 0.05,
+        "objective/gold": lambda t, noise: 0.6 + 0.3 * min(1, 2 * t) + 0.03 * noise,
+        "objective/entropy": lambda t, noise: 0.25 * (1 - 0.85 * t),
+        "response/length": lambda t, noise: 9 - 1.5 * t + 0.3 * noise,
         "response/ended": lambda t, noise: 1 - 0.01 * (noise > 1), "response/logprob_drift": lambda t, noise: 4e-7,
         "ppo/policy/approxkl": lambda t, noise: 2e-3, "ppo/policy/ratio": lambda t, noise: 1 + 1e-3 * noise,
-        "ppo/val/var_explained": lambda t, noise: 0.8 - 8 * max(0, 0.2 - t), "ppo/policy/grad_norm": lambda t, noise: 1.3 + 0.4 * noise,
+        "ppo/val/var_explained": lambda t, noise: 0.8 - 8 * max(0, 0.2 - t),
+        "ppo/policy/grad_norm": lambda t, noise: 1.3 + 0.4 * noise,
         "ppo/val/grad_norm": lambda t, noise: 40 * math.exp(-12 * t) + 1 + 0.3 * noise}
     healthy |= {name.replace("__", "/"): f for name, f in changes.items()}
     noises = [math.sin(2.4 * i) * 1.4 for i in range(steps)]
-    return [{"step": i + 1, **{name: f((i + 1) / steps, noises[i]) for name, f in healthy.items()}} for i in range(steps)]
+    return [{"step": i + 1, **{name: f((i + 1) / steps, noises[i]) for name, f in healthy.items()}}
+            for i in range(steps)]
 
 
 CASES = [  # kind, what the sentence names, metrics of the anomaly, of a lesser form that is none
-    ("kl negative", "--top_p 1", dict(objective__kl=lambda t, noise: -1 + noise), dict(objective__kl=lambda t, noise: -0.02 + 0.5 * noise)),
-    ("kl runs away", "--kl_coef", dict(objective__kl=lambda t, noise: 30 * t), dict(objective__kl=lambda t, noise: 14 * t)),
-    ("kl runs away", "--actor_learning_rate", dict(objective__kl=lambda t, noise: 60 * (t > 0.5)), dict(objective__kl=lambda t, noise: 10 * (t > 0.5))),
-    ("kl runs away", "--kl_coef is 0", dict(objective__kl=lambda t, noise: 8 * t, objective__kl_coef=lambda t, noise: 0.0),
+    ("kl negative", "--top_p 1", dict(objective__kl=lambda t, noise: -1 + noise),
+     dict(objective__kl=lambda t, noise: -0.02 + 0.5 * noise)),
+    ("kl runs away", "--kl_coef", dict(objective__kl=lambda t, noise: 30 * t),
+     dict(objective__kl=lambda t, noise: 14 * t)),
+    ("kl runs away", "--actor_learning_rate", dict(objective__kl=lambda t, noise: 60 * (t > 0.5)),
+     dict(objective__kl=lambda t, noise: 10 * (t > 0.5))),
+    ("kl runs away", "--kl_coef is 0",
+     dict(objective__kl=lambda t, noise: 8 * t, objective__kl_coef=lambda t, noise: 0.0),
      dict(objective__kl=lambda t, noise: 3 * t, objective__kl_coef=lambda t, noise: 0.0)),
-    ("entropy", "collapsed", dict(objective__entropy=lambda t, noise: 0.3 * math.exp(-6 * t)), dict(objective__entropy=lambda t, noise: 0.3 * math.exp(-2.5 * t))),
-    ("ended", "--missing_eos_penalty", dict(response__ended=lambda t, noise: 1 - 0.4 * t), dict(response__ended=lambda t, noise: 1 - 0.1 * t)),
-    ("length", "grow with the score", dict(response__length=lambda t, noise: 10 + 30 * t, objective__scores=lambda t, noise: t + 0.02 * noise),
+    ("entropy", "collapsed", dict(objective__entropy=lambda t, noise: 0.3 * math.exp(-6 * t)),
+     dict(objective__entropy=lambda t, noise: 0.3 * math.exp(-2.5 * t))),
+    ("ended", "--missing_eos_penalty", dict(response__ended=lambda t, noise: 1 - 0.4 * t),
+     dict(response__ended=lambda t, noise: 1 - 0.1 * t)),
+    ("length", "grow with the score",
+     dict(response__length=lambda t, noise: 10 + 30 * t, objective__scores=lambda t, noise: t + 0.02 * noise),
      dict(response__length=lambda t, noise: 10 + 30 * t, objective__scores=lambda t, noise: 0.1 * noise)),
-    ("critic", "--critic_learning_rate", dict(ppo__val__var_explained=lambda t, noise: -0.3), dict(ppo__val__var_explained=lambda t, noise: 0.1 + 0.3 * noise)),
-    ("policy clipped", "gradient_clipping", dict(ppo__policy__grad_norm=lambda t, noise: 6 + noise), dict(ppo__policy__grad_norm=lambda t, noise: 2 + noise)),
-    ("val clipped", "--critic_learning_rate", dict(ppo__val__grad_norm=lambda t, noise: 60 + noise), dict(ppo__val__grad_norm=lambda t, noise: 2 + noise)),
-    ("drift", "does not read the trained weights", dict(response__logprob_drift=lambda t, noise: 0.01 * t), dict(response__logprob_drift=lambda t, noise: 5e-4)),
-    ("ratio", "--ppo_epochs", dict(ppo__policy__approxkl=lambda t, noise: 0.3), dict(ppo__policy__approxkl=lambda t, noise: 0.03)),
-    ("ratio", "--actor_learning_rate", dict(ppo__policy__ratio=lambda t, noise: 1.5), dict(ppo__policy__ratio=lambda t, noise: 1.05)),
-    ("reward hacking", "exploits the reward model", dict(objective__scores=lambda t, noise: 1 + t, objective__gold=lambda t, noise: 0.9 - 0.5 * t + 0.03 * noise),
+    ("critic", "--critic_learning_rate", dict(ppo__val__var_explained=lambda t, noise: -0.3),
+     dict(ppo__val__var_explained=lambda t, noise: 0.1 + 0.3 * noise)),
+    ("policy clipped", "gradient_clipping", dict(ppo__policy__grad_norm=lambda t, noise: 6 + noise),
+     dict(ppo__policy__grad_norm=lambda t, noise: 2 + noise)),
+    ("val clipped", "--critic_learning_rate", dict(ppo__val__grad_norm=lambda t, noise: 60 + noise),
+     dict(ppo__val__grad_norm=lambda t, noise: 2 + noise)),
+    ("drift", "does not read the trained weights", dict(response__logprob_drift=lambda t, noise: 0.01 * t),
+     dict(response__logprob_drift=lambda t, noise: 5e-4)),
+    ("ratio", "--ppo_epochs", dict(ppo__policy__approxkl=lambda t, noise: 0.3),
+     dict(ppo__policy__approxkl=lambda t, noise: 0.03)),
+    ("ratio", "--actor_learning_rate", dict(ppo__policy__ratio=lambda t, noise: 1.5),
+     dict(ppo__policy__ratio=lambda t, noise: 1.05)),
+    ("reward hacking", "exploits the reward model",
+     dict(objective__scores=lambda t, noise: 1 + t, objective__gold=lambda t, noise: 0.9 - 0.5 * t + 0.03 * noise),
      dict(objective__scores=lambda t, noise: 1 + t, objective__gold=lambda t, noise: 0.9 - 0.03 * t + 0.03 * noise)),
-    ("score", "fell from", dict(objective__scores=lambda t, noise: 1 - 2 * t + 0.06 * noise), dict(objective__scores=lambda t, noise: 1 - 0.2 * t + 0.06 * noise)),
+    ("score", "fell from", dict(objective__scores=lambda t, noise: 1 - 2 * t + 0.06 * noise),
+     dict(objective__scores=lambda t, noise: 1 - 0.2 * t + 0.06 * noise)),
 ]
 
 
@@ -60,14 +81,16 @@ def test_names_it_and_not_its_lesser_form(kind, named, anomaly, lesser):
 
 def test_a_healthy_run_gets_no_sentence():
     doctor = RunDoctor(clip=1.0)
-    for metrics in history(480, ppo__val__grad_norm=lambda t, noise: 40 * math.exp(-48 * t) + 1 + 0.3 * noise):  # the first 30 steps
+    # the first 30 steps
+    for metrics in history(480, ppo__val__grad_norm=lambda t, noise: 40 * math.exp(-48 * t) + 1 + 0.3 * noise):
         assert doctor(metrics) == []
 
 
 def test_no_clipping_without_a_limit_and_no_critic_without_its_metrics():
     rows = history(ppo__policy__grad_norm=lambda t, noise: 99.0)
     assert diagnose(rows, clip=0.0) == {}
-    assert diagnose([{name: value for name, value in row.items() if "/val/" not in name and "gold" not in name} for row in history()], clip=1.0) == {}
+    assert diagnose([{name: value for name, value in row.items() if "/val/" not in name and "gold" not in name}
+                     for row in history()], clip=1.0) == {}
 
 
 def test_a_lost_run_is_said_at_once():

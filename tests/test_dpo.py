@@ -1,6 +1,6 @@
 """
-DPO: its loss and gradient against the formula in float64 over the Hugging Face model, EOS and padding included; then by its command line, with
-whole models and with adapters, and what it leaves behind.
+DPO: its loss and gradient against the formula in float64 over the Hugging Face model, EOS and padding included; then by
+its command line, with whole models and with adapters, and what it leaves behind.
 """
 
 import copy
@@ -18,18 +18,24 @@ from hybrid_engine import LanguageModel, add_lora, train_step
 from step2_reward import implicit_rewards, reward_loss
 from test_losses import SPLITS, assert_same_step, make_engine, plain_step, row_nats, weights
 
-PAIRS = [([5, 9, 7], [20, 31, 2], [8, 2]), ([40], [2], [41, 42, 43, 44, 2]), ([6, 11, 12], [13, 14, 2], [13, 15, 2]), ([90, 91], [92, 2], [93, 94, 95, 2])]
+PAIRS = [([5, 9, 7], [20, 31, 2], [8, 2]), ([40], [2], [41, 42, 43, 44, 2]),
+         ([6, 11, 12], [13, 14, 2], [13, 15, 2]), ([90, 91], [92, 2], [93, 94, 95, 2])]
 
 
 def items():
     array = lambda ids: torch.tensor(ids).int().numpy()
-    return [{"chosen": array(prompt + better), "rejected": array(prompt + worse), "prompt_len": len(prompt)} for prompt, better, worse in PAIRS]
+    return [{"chosen": array(prompt + better), "rejected": array(prompt + worse), "prompt_len": len(prompt)}
+            for prompt, better, worse in PAIRS]
 
 
 def margins(model, ref, beta):
-    """beta (log pi / pi_ref of the chosen - of the rejected) a pair, by rows alone through Hugging Face's logits: Rafailov et al., eq. 7."""
+    """
+    beta (log pi / pi_ref of the chosen - of the rejected) a pair, by rows alone through Hugging Face's logits: Rafailov
+    et al., eq. 7.
+    """
     logp = lambda m, prompt, answer: -row_nats(m, prompt + answer, len(prompt))
-    return [beta * (logp(model, p, a) - logp(ref, p, a).detach() - logp(model, p, b) + logp(ref, p, b).detach()) for p, a, b in PAIRS]
+    return [beta * (logp(model, p, a) - logp(ref, p, a).detach() - logp(model, p, b) + logp(ref, p, b).detach())
+            for p, a, b in PAIRS]
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
@@ -57,13 +63,16 @@ def test_the_eos_is_trained_and_the_prompt_is_not(make_model, settings):
     """The mask marks the answers' tokens, EOS included, and the likelihood of nothing else moves the loss."""
     batch = Collator(2, pad_token_id=2)(items())
     rows = zip(batch["input_ids"], batch["loss_mask"].bool())
-    assert [ids[mask].tolist() for ids, mask in rows] == [better for _, better, _ in PAIRS] + [worse for _, _, worse in PAIRS]
-    logits = torch.zeros(batch["input_ids"].shape).requires_grad_()  # of a model that says how likely each given token was
+    assert ([ids[mask].tolist() for ids, mask in rows]
+            == [better for _, better, _ in PAIRS] + [worse for _, _, worse in PAIRS])
+    # of a model that says how likely each given token was
+    logits = torch.zeros(batch["input_ids"].shape).requires_grad_()
 
     def model(ids, attention_mask, mask):
         return logits[:, 1:] * mask, None
 
-    reward_loss(*implicit_rewards(model, lambda ids, attention_mask, mask: (torch.zeros_like(mask), None), batch, 0.1)).backward()
+    reward_loss(*implicit_rewards(model, lambda ids, attention_mask, mask: (torch.zeros_like(mask), None),
+                                  batch, 0.1)).backward()
     assert torch.equal(logits.grad != 0, batch["loss_mask"].bool())
 
 
@@ -83,20 +92,27 @@ def test_without_a_copy_the_reference_is_the_model_without_its_adapters(make_mod
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_dpo_by_its_flags(model_folders, settings, tmp_path, lora):
-    """From the first step's log 2; saves output/actor, in which the preferred answers are likelier than before and the others less so."""
+    """
+    From the first step's log 2; saves output/actor, in which the preferred answers are likelier than before and the
+    others less so.
+    """
     rows = [{"prompt": f"What is {i}?", "chosen": "It is a number.", "rejected": "Go away."} for i in range(40)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     step2_reward.main(step2_reward.Config(
-        model_name_or_path=model_folders["lm"], data_path=[str(tmp_path / "pairs.jsonl")], output_dir=str(tmp_path / "output"), dpo=True, max_seq_len=64,
-        max_prompt_seq_len=32, max_answer_seq_len=8, max_steps=8, learning_rate=1e-2, lr_scheduler_type="constant", per_device_train_batch_size=4,
-        deepspeed_config=str(step2_reward.__file__).replace("step2_reward.py", "configs/cpu.json"), lora_dim=2 * lora, only_optimize_lora=lora))
+        model_name_or_path=model_folders["lm"], data_path=[str(tmp_path / "pairs.jsonl")],
+        output_dir=str(tmp_path / "output"), dpo=True, max_seq_len=64, max_prompt_seq_len=32, max_answer_seq_len=8,
+        max_steps=8, learning_rate=1e-2, lr_scheduler_type="constant", per_device_train_batch_size=4,
+        deepspeed_config=str(step2_reward.__file__).replace("step2_reward.py", "configs/cpu.json"), lora_dim=2 * lora,
+        only_optimize_lora=lora))
     lines = [json.loads(line) for line in (tmp_path / "output/actor/metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert (lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+            and lines[0]["rewards/margins"] == pytest.approx(0, abs=1e-5))
     last = lines[-1]
     assert last["rewards/accuracies"] == 1 and last["rewards/margins"] > 0.1 and last["loss"] < 0.6
     assert last["rewards/margins"] == pytest.approx(last["rewards/chosen"] - last["rewards/rejected"])
     summary = json.loads((tmp_path / "output/summary.json").read_text())
-    assert summary["dpo"]["accuracy"] == 1 and "reward" not in summary and (tmp_path / "output/actor/run_config.json").exists()
+    assert (summary["dpo"]["accuracy"] == 1 and "reward" not in summary
+            and (tmp_path / "output/actor/run_config.json").exists())
     assert (tmp_path / "output/actor/adapter").exists() == lora and not (tmp_path / "output/reward").exists()
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "output/actor", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not hasattr(model.config, "score_mean")

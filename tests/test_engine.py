@@ -5,8 +5,8 @@ import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from data import DataConfig, UsageError, load_tokenizer
-from hybrid_engine import (EngineConfig, ExponentialMovingAverage, LanguageModel, LoRALinear, RewardModel, adapters_off, add_lora,
-                           load_model, save_model, train_engine, train_step)
+from hybrid_engine import (EngineConfig, ExponentialMovingAverage, LanguageModel, LoRALinear, RewardModel,
+                           adapters_off, add_lora, load_model, save_model, train_engine, train_step)
 
 
 class Config(EngineConfig, DataConfig):
@@ -54,7 +54,8 @@ def test_lora_starts_as_the_plain_model_and_merges_exactly(make, process_group):
         torch.testing.assert_close(model(ids).logits, plain)  # PPO's reference model
     merged = make().eval()
     for (name, layer), target in zip([(n, m) for n, m in model.named_modules() if isinstance(m, LoRALinear)],
-                                     [m for m in merged.modules() if type(m).__name__ in ("Linear", "Conv1D") and m.weight.shape != (1000, 32)]):
+                                     [m for m in merged.modules()
+                                      if type(m).__name__ in ("Linear", "Conv1D") and m.weight.shape != (1000, 32)]):
         target.weight.data.copy_(layer.merged_weight())
     torch.testing.assert_close(merged(ids).logits, adapted, atol=1e-5, rtol=1e-5)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -85,7 +86,8 @@ def test_a_lora_model_is_saved_merged(make, process_group, tmp_path):
 def test_no_adapter_by_itself_where_the_rest_was_trained_too(process_group, tmp_path):
     config = Config()
     config.lora_dim = 4
-    save_model(train_engine(LanguageModel(add_lora(opt(), config)), process_group, config, 1e-2, 10), load_tokenizer("tiny"), tmp_path)
+    save_model(train_engine(LanguageModel(add_lora(opt(), config)), process_group, config, 1e-2, 10),
+               load_tokenizer("tiny"), tmp_path)
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "adapter").exists()
 
 
@@ -128,7 +130,9 @@ def test_dropout_is_off_even_where_a_model_calls_it_as_a_function(process_group,
 def test_left_padding_changes_nothing(process_group):
     """Log-probabilities and values of a row are the same alone, left-padded, and padded on both sides."""
     from transformers import OPTForSequenceClassification
-    for model in (LanguageModel(opt().eval()), RewardModel(OPTForSequenceClassification(OPTConfig(**{**opt().config.to_dict(), "num_labels": 1})).eval())):
+    for model in (LanguageModel(opt().eval()),
+                  RewardModel(OPTForSequenceClassification(
+                      OPTConfig(**{**opt().config.to_dict(), "num_labels": 1})).eval())):
         ids, mask = batch(1, 8)
         padded = torch.cat([torch.full((1, 3), 3), ids, torch.full((1, 2), 3)], 1)
         padded_mask = torch.cat([torch.zeros(1, 3), mask, torch.zeros(1, 2)], 1).long()

@@ -1,7 +1,9 @@
 """
-Bad input ends at once, in one sentence that says what came, what is accepted and the way out, with a code that is not 0 and no traceback.
+Bad input ends at once, in one sentence that says what came, what is accepted and the way out, with a code that is not 0
+and no traceback.
 
-Each case is a command line. They run in one process that imports the stages once and forks for each, since the imports take longer than they do.
+Each case is a command line. They run in one process that imports the stages once and forks for each, since the imports
+take longer than they do.
 """
 
 import json
@@ -24,40 +26,57 @@ CASES = {  # name: (command line, what the sentence must name)
     "cut gzip": ("step1_sft.py --data_path cut.jsonl.gz", ["cut.jsonl.gz cannot be read"]),
     "no parquet": ("step1_sft.py --data_path no.parquet", ["no.parquet cannot be read"]),
     "ragged CSV": ("step1_sft.py --data_path ragged.csv", ["ragged.csv", "row 2", "fields"]),
-    "wrong columns": ("step1_sft.py --data_path columns.jsonl", ["columns.jsonl", "ask, reply", "prompt, chosen, rejected"]),
+    "wrong columns": ("step1_sft.py --data_path columns.jsonl",
+                      ["columns.jsonl", "ask, reply", "prompt, chosen, rejected"]),
     "not text": ("step1_sft.py --data_path nulls.jsonl", ["nulls.jsonl, row 2"]),
     "empty file": ("step1_sft.py --data_path empty.jsonl", ["empty.jsonl is empty"]),
     "empty CSV": ("step1_sft.py --data_path empty.csv", ["empty.csv is empty"]),
     "folder without train": ("step1_sft.py --data_path folder", ["folder", "train"]),
-    "no pairs for stage 2": ("step2_reward.py --model_name_or_path tiny --data_path answers.jsonl", ["0 of 20 rows", "rejected"]),
+    "no pairs for stage 2": ("step2_reward.py --model_name_or_path tiny --data_path answers.jsonl",
+                             ["0 of 20 rows", "rejected"]),
     "one prompt only": ("step1_sft.py --data_path one.jsonl", ["one.jsonl", "different prompts"]),
-    "nothing left by the split": ("step1_sft.py --data_path answers.jsonl --data_split 0,1,1", ["--data_split 0,1,1", "stage 1"]),
+    "nothing left by the split": ("step1_sft.py --data_path answers.jsonl --data_split 0,1,1",
+                                  ["--data_split 0,1,1", "stage 1"]),
     "malformed split": ("step1_sft.py --data_split 2,4", ["--data_split 2,4", "three numbers"]),
     "weights that do not fit": ("step1_sft.py --data_weights 1 2", ["--data_weights", "1 source"]),
     "prompts too long": ("step1_sft.py --data_path answers.jsonl --max_seq_len 3", ["--max_seq_len 3", "longer"]),
-    "prompts too long for PPO": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl --max_prompt_seq_len 3",
+    "prompts too long for PPO": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                                 "--data_path answers.jsonl --max_prompt_seq_len 3",
                                  ["--max_prompt_seq_len 3", "longer"]),
-    "too few rows": ("step1_sft.py --data_path answers.jsonl --per_device_train_batch_size 64", ["do not fill", "--per_device_train_batch_size"]),
+    "too few rows": ("step1_sft.py --data_path answers.jsonl --per_device_train_batch_size 64",
+                     ["do not fill", "--per_device_train_batch_size"]),
     "nothing to evaluate": ("step1_sft.py --data_path answers.jsonl --max_eval_samples 0", ["--max_eval_samples 0"]),
     "a template that is no file": ("step1_sft.py --chat_template nowhere.jinja", ["--chat_template nowhere.jinja"]),
-    "a template that is no Jinja": ("step1_sft.py --data_path answers.jsonl SMALL --chat_template {%broken", ["chat template"]),
+    "a template that is no Jinja": ("step1_sft.py --data_path answers.jsonl SMALL --chat_template {%broken",
+                                    ["chat template"]),
     "python data.py": ("data.py --data_path missing.jsonl", ["missing.jsonl does not exist"]),
     # models
     "no such model": ("step1_sft.py --model_name_or_path nowhere", ["nowhere", "tokenizer"]),
-    "folder without weights": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path no_weights", ["no_weights", "weights"]),
-    "folder without config": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path no_config", ["no_config", "config.json"]),
-    "cut weights": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path cut_weights", ["cut_weights", "weights"]),
-    "a causal LM as reward model": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path LM --data_path answers.jsonl BATCH",
+    "folder without weights": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path no_weights",
+                               ["no_weights", "weights"]),
+    "folder without config": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path no_config",
+                              ["no_config", "config.json"]),
+    "cut weights": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path cut_weights",
+                    ["cut_weights", "weights"]),
+    "a causal LM as reward model": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path LM "
+                                    "--data_path answers.jsonl BATCH",
                                     ["no reward model", "score.weight"]),
-    "a reward model as actor": ("step3_ppo.py --actor_model_name_or_path REWARD --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH",
+    "a reward model as actor": ("step3_ppo.py --actor_model_name_or_path REWARD --critic_model_name_or_path REWARD "
+                                "--data_path answers.jsonl BATCH",
                                 ["no language model"]),
-    "another vocabulary": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path other_words --data_path answers.jsonl BATCH",
+    "another vocabulary": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path other_words "
+                           "--data_path answers.jsonl BATCH",
                            ["other_words", "tokenizer"]),
-    "longer than the model": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path LM --max_seq_len 512", ["512 tokens", "128 positions", "--max_seq_len"]),
-    "answers longer than the model": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH "
-                                      "--max_prompt_seq_len 64 --max_answer_seq_len 128", ["192 tokens", "128 positions", "--max_answer_seq_len"]),
-    "no layer of that name": ("step1_sft.py --data_path answers.jsonl SMALL --lora_dim 4 --lora_module_name nowhere", ["--lora_module_name nowhere"]),
-    "LoRA alone without LoRA": ("step1_sft.py --data_path answers.jsonl SMALL --only_optimize_lora", ["--only_optimize_lora", "--lora_dim"]),
+    "longer than the model": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path LM --max_seq_len 512",
+                              ["512 tokens", "128 positions", "--max_seq_len"]),
+    "answers longer than the model": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                                      "--data_path answers.jsonl BATCH --max_prompt_seq_len 64 "
+                                      "--max_answer_seq_len 128",
+                                      ["192 tokens", "128 positions", "--max_answer_seq_len"]),
+    "no layer of that name": ("step1_sft.py --data_path answers.jsonl SMALL --lora_dim 4 --lora_module_name nowhere",
+                              ["--lora_module_name nowhere"]),
+    "LoRA alone without LoRA": ("step1_sft.py --data_path answers.jsonl SMALL --only_optimize_lora",
+                                ["--only_optimize_lora", "--lora_dim"]),
     "chat with nobody": ("chat.py --path nowhere", ["--path nowhere"]),
     "chat with a folder without weights": ("chat.py --path no_weights", ["--path no_weights"]),
     "chat with a reward model": ("chat.py --path REWARD --prompt Hello", ["--path", "language model"]),
@@ -66,35 +85,57 @@ CASES = {  # name: (command line, what the sentence must name)
     "another stage's flag": ("step1_sft.py --kl_coef 0.1", ["--kl_coef", "STEP3_ARGS"]),
     "no number": ("step1_sft.py --max_steps ten", ["--max_steps", "ten"]),
     "missing DeepSpeed config": ("step1_sft.py --deepspeed_config nowhere.json", ["nowhere.json", "configs"]),
-    "malformed DeepSpeed config": ("step1_sft.py --deepspeed_config malformed.json", ["malformed.json, line 3", "not JSON"]),
+    "malformed DeepSpeed config": ("step1_sft.py --deepspeed_config malformed.json",
+                                   ["malformed.json, line 3", "not JSON"]),
     "DeepSpeed config that is a list": ("step1_sft.py --deepspeed_config list.json", ["list.json", "object"]),
     "ZeRO stage 7": ("step1_sft.py --zero_stage 7", ["--zero_stage 7", "0, 1, 2"]),
     "batch of 0": ("step1_sft.py --per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "at least 1"]),
     "log every 0 steps": ("step1_sft.py --logging_steps 0", ["--logging_steps 0", "at least 1"]),
-    "unknown schedule": ("step1_sft.py --data_path answers.jsonl SMALL --lr_scheduler_type zigzag", ["--lr_scheduler_type zigzag", "cosine"]),
-    "negative learning rate": ("step1_sft.py --data_path answers.jsonl SMALL --learning_rate -1", ["--learning_rate -1"]),
-    "batches that do not divide": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl "
+    "unknown schedule": ("step1_sft.py --data_path answers.jsonl SMALL --lr_scheduler_type zigzag",
+                         ["--lr_scheduler_type zigzag", "cosine"]),
+    "negative learning rate": ("step1_sft.py --data_path answers.jsonl SMALL --learning_rate -1",
+                               ["--learning_rate -1"]),
+    "batches that do not divide": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                                   "--data_path answers.jsonl "
                                    "--per_device_generation_batch_size 6 --per_device_train_batch_size 4",
                                    ["--per_device_generation_batch_size 6", "--per_device_train_batch_size 4"]),
     "the stages before were not run": ("step3_ppo.py --data_path answers.jsonl BATCH", ["output/sft", "run_all.sh"]),
-    "a reward file without the function's name": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --reward_fn fn.py", ["fn.py:function"]),
+    "a reward file without the function's name": (
+        "step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl "
+        "BATCH --reward_fn fn.py", ["fn.py:function"]),
     "no steps": ("step1_sft.py --data_path answers.jsonl --max_steps 0", ["--max_steps 0"]),
-    "a negative clip": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --cliprange -1", ["--cliprange -1"]),
-    "DPO without beta": ("step2_reward.py --model_name_or_path LM --data_path answers.jsonl --dpo --dpo_beta 0", ["--dpo_beta 0"]),
-    "temperature 0": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --temperature 0",
+    "a negative clip": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                        "--data_path answers.jsonl BATCH --cliprange -1", ["--cliprange -1"]),
+    "DPO without beta": ("step2_reward.py --model_name_or_path LM --data_path answers.jsonl --dpo --dpo_beta 0",
+                         ["--dpo_beta 0"]),
+    "temperature 0": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                      "--data_path answers.jsonl BATCH --temperature 0",
                       ["--temperature 0.0", "over 0"]),
-    "top_p 0": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --top_p 0", ["--top_p 0.0"]),
-    "no epochs of PPO": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --ppo_epochs 0",
+    "top_p 0": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                "--data_path answers.jsonl BATCH --top_p 0", ["--top_p 0.0"]),
+    "no epochs of PPO": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                         "--data_path answers.jsonl BATCH --ppo_epochs 0",
                          ["--ppo_epochs 0", "at least 1"]),
-    "an advantage that needs a group": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --advantage rloo", ["--advantage rloo", "--num_generations"]),
-    "an advantage of another name": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --advantage ppo", ["--advantage", "ppo", "rloo"]),
-    "a reward file that is missing": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --reward_fn nowhere.py:f", ["nowhere.py", "--reward_fn"]),
-    "no text to mix in": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --unsupervised_data_path nowhere.txt", ["nowhere.txt"]),
-    "too little text to mix in": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl BATCH --unsupervised_data_path notes.txt", ["notes.txt"]),
-    "output that is a file": ("step1_sft.py --data_path answers.jsonl SMALL --output_dir notes.txt", ["notes.txt", "--output_dir"]),
+    "an advantage that needs a group": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                                        "--data_path answers.jsonl BATCH --advantage rloo",
+                                        ["--advantage rloo", "--num_generations"]),
+    "an advantage of another name": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                                     "--data_path answers.jsonl BATCH --advantage ppo",
+                                     ["--advantage", "ppo", "rloo"]),
+    "a reward file that is missing": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                                      "--data_path answers.jsonl BATCH --reward_fn nowhere.py:f",
+                                      ["nowhere.py", "--reward_fn"]),
+    "no text to mix in": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                          "--data_path answers.jsonl BATCH --unsupervised_data_path nowhere.txt", ["nowhere.txt"]),
+    "too little text to mix in": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                                  "--data_path answers.jsonl BATCH --unsupervised_data_path notes.txt",
+                                  ["notes.txt"]),
+    "output that is a file": ("step1_sft.py --data_path answers.jsonl SMALL --output_dir notes.txt",
+                              ["notes.txt", "--output_dir"]),
 }
 SMALL = "--per_device_train_batch_size 2 --max_seq_len 64 --max_prompt_seq_len 32 --max_answer_seq_len 8 --max_steps 1"
-BATCH = "--per_device_generation_batch_size 4 --per_device_train_batch_size 4 --max_prompt_seq_len 32 --max_answer_seq_len 8 --max_steps 1"
+BATCH = ("--per_device_generation_batch_size 4 --per_device_train_batch_size 4 --max_prompt_seq_len 32 "
+         "--max_answer_seq_len 8 --max_steps 1")
 
 DRIVER = """
 import json, os, runpy, sys, time, traceback
@@ -133,10 +174,13 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
     compressed = gzip.compress("\n".join(map(str, range(10_000))).encode())
     for name, content in {
             "answers.jsonl": "\n".join(lines), "malformed.jsonl": "\n".join([*lines[:2], '{"prompt": "a",', *lines]),
-            "malformed.json": '[\n{"prompt": "a"},\n{"prompt" "b"}]', "numbers.json": "[1, 2]", "list.json": "[1, 2]", "notes.txt": "Hello!",
-            "cut.jsonl.gz": compressed[:len(compressed) // 2], "no.parquet": "Hello!", "ragged.csv": 'prompt,response\nHi,Hello\nHi,Hello, you\n',
-            "columns.jsonl": '{"ask": "Hi", "reply": "Hello"}', "nulls.jsonl": lines[0] + '\n{"prompt": null, "response": "x"}\n', "empty.jsonl": "\n",
-            "empty.csv": "prompt,response\n", "one.jsonl": "\n".join(lines[:1] * 20), "folder/notes.txt": "Hello!"}.items():
+            "malformed.json": '[\n{"prompt": "a"},\n{"prompt" "b"}]', "numbers.json": "[1, 2]",
+            "list.json": "[1, 2]", "notes.txt": "Hello!", "cut.jsonl.gz": compressed[:len(compressed) // 2],
+            "no.parquet": "Hello!", "ragged.csv": 'prompt,response\nHi,Hello\nHi,Hello, you\n',
+            "columns.jsonl": '{"ask": "Hi", "reply": "Hello"}',
+            "nulls.jsonl": lines[0] + '\n{"prompt": null, "response": "x"}\n', "empty.jsonl": "\n",
+            "empty.csv": "prompt,response\n", "one.jsonl": "\n".join(lines[:1] * 20),
+            "folder/notes.txt": "Hello!"}.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -147,20 +191,24 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
     os.truncate(folder / "cut_weights" / "model.safetensors", 5000)
     shutil.copytree(model_folders["reward"], folder / "other_words")
     vocabulary = json.loads((folder / "other_words" / "tokenizer.json").read_text())
-    (folder / "other_words" / "tokenizer.json").write_text(json.dumps({**vocabulary, "added_tokens": vocabulary["added_tokens"] + [
-        {"id": len(tokenizer), "content": "<another>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}]}))
+    (folder / "other_words" / "tokenizer.json").write_text(json.dumps({
+        **vocabulary, "added_tokens": vocabulary["added_tokens"] + [
+            {"id": len(tokenizer), "content": "<another>", "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True}]}))
     return folder
 
 
 @pytest.fixture(scope="module")
 def outcomes(workplace, model_folders):
     """name of a case -> (exit code, seconds without imports, output)"""
-    commands = {name: [model_folders[word.lower()] if word in ("LM", "REWARD") else word for word in line.replace("BATCH", BATCH).replace("SMALL", SMALL).split()]
+    commands = {name: [model_folders[word.lower()] if word in ("LM", "REWARD") else word
+                       for word in line.replace("BATCH", BATCH).replace("SMALL", SMALL).split()]
                 for name, (line, _) in CASES.items()}
     (workplace / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run([sys.executable, "-c", DRIVER, str(ROOT)], cwd=workplace, env=clean_environment(),
                           stdout=subprocess.PIPE, text=True, timeout=300, check=True)
-    return {name: outcome for line in done.stdout.splitlines() if line.startswith("{") for name, outcome in json.loads(line).items()}
+    return {name: outcome for line in done.stdout.splitlines() if line.startswith("{")
+            for name, outcome in json.loads(line).items()}
 
 
 def assert_one_sentence(code, output, script, named):
@@ -191,14 +239,16 @@ def test_a_stage_by_its_command_line(run_script):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["gigantic", "cpu"], ["MODEL 'gigantic'", "tiny", "opt-1.3b"]), (["tiny", "gpu9"], ["HARDWARE 'gpu9'", "cpu, 1gpu, 1node, multinode"]),
-    (["./nowhere", "cpu"], ["./nowhere", "no such folder"]), (["tiny", "multinode"], ["HOSTFILE"]), (["tiny"], ["run_all.sh MODEL HARDWARE"]),
-    ([], ["run_all.sh MODEL HARDWARE"])])
+    (["gigantic", "cpu"], ["MODEL 'gigantic'", "tiny", "opt-1.3b"]),
+    (["tiny", "gpu9"], ["HARDWARE 'gpu9'", "cpu, 1gpu, 1node, multinode"]),
+    (["./nowhere", "cpu"], ["./nowhere", "no such folder"]), (["tiny", "multinode"], ["HOSTFILE"]),
+    (["tiny"], ["run_all.sh MODEL HARDWARE"]), ([], ["run_all.sh MODEL HARDWARE"])])
 def test_run_all_refuses_before_it_installs_anything(run_script, tmp_path, flags, named):
     """A python3 that does nothing but say so: what is wrong with the words is known without it."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").write_text("#!/bin/sh\necho python3 was started\nexit 1\n")
     (tmp_path / "bin" / "python3").chmod(0o755)
-    code, output = run_script("run_all.sh", *flags, env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "HOSTFILE": "/nowhere"})
+    code, output = run_script("run_all.sh", *flags, env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+                                                         "HOSTFILE": "/nowhere"})
     assert_one_sentence(code, output, "run_all.sh", named)
     assert "python3 was started" not in output

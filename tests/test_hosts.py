@@ -31,7 +31,8 @@ def two_ranks():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {**clean_environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK], cwd=ROOT, env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK], cwd=ROOT,
+                              env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in (0, 1)]
     for process in ranks:
         while process.poll() is None and process.stdout.readline() != "ready\n":
@@ -64,8 +65,10 @@ def test_a_silent_host_ends_the_others_by_name(two_ranks):
 DEEPSPEED = """#!/bin/sh
 echo "deepspeed $*"
 for stage in sft reward; do case "$*" in *step?_$stage.py*)
-  mkdir -p output/$stage/checkpoint-5; echo "$stage of $$" | tee output/summary.json > output/$stage/model.safetensors ;; esac; done
-case "$*" in *step3*) echo '{"model": "tiny", "hardware": "x", "seed": 1, "seconds": 1}' > output/summary.json; exit 3 ;; esac
+  mkdir -p output/$stage/checkpoint-5
+  echo "$stage of $$" | tee output/summary.json > output/$stage/model.safetensors ;; esac; done
+case "$*" in *step3*)
+  echo '{"model": "tiny", "hardware": "x", "seed": 1, "seconds": 1}' > output/summary.json; exit 3 ;; esac
 """
 SSH = """#!/bin/bash
 while [ "${1:0:1}" = - ]; do case $1 in -o) shift ;; esac; shift; done  # flags
@@ -77,7 +80,10 @@ exec bash -c "$*"
 
 
 def test_run_all_checks_its_hosts_and_hands_models_to_those_with_disks_of_their_own(run_script, tmp_path):
-    """Everything but run_all.sh is a stand-in: ssh for a host that shares the disk, one that does not, and two that cannot take part."""
+    """
+    Everything but run_all.sh is a stand-in: ssh for a host that shares the disk, one that does not, and two that cannot
+    take part.
+    """
     (tmp_path / "bin").mkdir()
     for name, text in (("deepspeed", DEEPSPEED), ("ssh", SSH), ("python3", "#!/bin/sh\necho /bin/sh\n")):
         (tmp_path / "bin" / name).write_text(text)
@@ -86,9 +92,11 @@ def test_run_all_checks_its_hosts_and_hands_models_to_those_with_disks_of_their_
     def run(*hosts):
         (tmp_path / "hosts").write_text("# the cluster\n\n" + "".join(f"{host} slots=2\n" for host in hosts))
         return run_script("run_all.sh", "tiny", "multinode", env={
-            "HOSTFILE": "hosts", "LAUNCHER_ARGS": "--master_port 29555", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+            "HOSTFILE": "hosts", "LAUNCHER_ARGS": "--master_port 29555",
+            "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
 
-    for hosts, sentence in ((("shared", "far"), "host far of hosts: 'ssh far' must work without a password; it says: no route to host"),
+    for hosts, sentence in ((("shared", "far"), "host far of hosts: 'ssh far' must work without a password; it says: "
+                                                "no route to host"),
                             (("shared", "old"), "host old differs from this one")):
         code, output = run(*hosts)
         assert code == 2 and sentence in output and "deepspeed" not in output

@@ -1,6 +1,6 @@
 """
-The maths of the three stages against numbers worked by hand, float64 or plain PyTorch; then the gradient of a whole step through DeepSpeed,
-which must not depend on how its rows are dealt to micro-batches or padded.
+The maths of the three stages against numbers worked by hand, float64 or plain PyTorch; then the gradient of a whole
+step through DeepSpeed, which must not depend on how its rows are dealt to micro-batches or padded.
 """
 
 import copy
@@ -40,7 +40,9 @@ def ragged(B=6, R=9, seed=0):
 # step 1
 
 def test_sft_loss_by_hand():
-    """Row 1: prompt of 2, answer of 2; row 2: prompt of 1, answer of 1, 2 padding. The first token is never predicted."""
+    """
+    Row 1: prompt of 2, answer of 2; row 2: prompt of 1, answer of 1, 2 padding. The first token is never predicted.
+    """
     logprobs = tensor([-1, -2, -4], [-8, -16, -32])
     mask = tensor([0, 0, 1, 1], [0, 1, 0, 0])
     assert sft_loss(logprobs, mask[:, 1:]) == 2 + 4 + 8
@@ -48,7 +50,8 @@ def test_sft_loss_by_hand():
     assert trained_tokens([{"loss_mask": mask}, {"loss_mask": mask}]) == 6
 
 
-ROWS = [([5, 9, 7, 20, 31, 2], 3), ([40, 8, 2], 1), ([6, 11, 12, 13, 14, 15, 16, 2], 7), ([90, 91, 92, 93, 2], 2)]  # ids, length of the prompt
+ROWS = [([5, 9, 7, 20, 31, 2], 3), ([40, 8, 2], 1), ([6, 11, 12, 13, 14, 15, 16, 2], 7),
+        ([90, 91, 92, 93, 2], 2)]  # ids, length of the prompt
 
 
 def sft_items(rows=ROWS):
@@ -115,7 +118,8 @@ def test_scores_are_those_of_the_row_alone(make_model, family, side, pad_id):
 def test_evaluation_of_pairs_by_hand():
     """Scores and lengths are given; 3 pairs in batches of 1 and 2: right, wrong, tied."""
     def batch(lengths, *scores):
-        return {"loss_mask": (torch.arange(9) < torch.tensor(lengths)[:, None]).float(), "scores": tensor(*scores).to(device())}
+        return {"loss_mask": (torch.arange(9) < torch.tensor(lengths)[:, None]).float(),
+                "scores": tensor(*scores).to(device())}
 
     batches = [batch([4, 2], 2.0, 1.0), batch([1, 9, 1, 5], 0.0, 3.0, 1.0, 3.0)]
     held = evaluate(lambda batch: batch["scores"].chunk(2), batches)
@@ -124,12 +128,16 @@ def test_evaluation_of_pairs_by_hand():
     correlation = (centred[0] * centred[1]).sum() / (centred[0].norm() * centred[1].norm())
     certainty = 1 / (1 + math.exp(-1))  # right by 1 and wrong by 1 share a bin, the tie has its own
     assert held == pytest.approx({"accuracy": 0.5, "loss": (2 * math.log1p(math.exp(-1)) + 1 + math.log(2)) / 3,
-                                  "calibration_error": 2 * (certainty - 0.5) / 3, "length_correlation": correlation.item(),
+                                  "calibration_error": 2 * (certainty - 0.5) / 3,
+                                  "length_correlation": correlation.item(),
                                   "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item()})
 
 
 def test_calibration_error_by_hand():
-    """Margins drawn so that sigmoid(margin) is the chance of being right have none; margins three times as large are sure of too much."""
+    """
+    Margins drawn so that sigmoid(margin) is the chance of being right have none; margins three times as large are sure
+    of too much.
+    """
     sure = torch.tensor([100.0, 100.0, 100.0, -100.0])
     assert calibration_error(sure) == pytest.approx(0.25)  # certain, and right in 3 of 4
     assert calibration_error(torch.tensor([100.0, 0.0, 0.0])) == 0  # certain and right; half certain and tied
@@ -159,7 +167,8 @@ def test_rewards_sum_to_the_score_less_the_kl():
     rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=0.3)
     torch.testing.assert_close(rewards.sum(1), scores - 0.3 * ((logprobs - ref_logprobs) * mask).sum(1))
     assert (rewards * (1 - mask)).abs().max() == 0
-    by_hand = shape_rewards(tensor(5.0), tensor([-1.0, -2.0, -9.0]), tensor([-2.0, -1.0, 0.0]), tensor([1.0, 1.0, 0.0]), kl_coef=0.5)
+    by_hand = shape_rewards(tensor(5.0), tensor([-1.0, -2.0, -9.0]), tensor([-2.0, -1.0, 0.0]),
+                            tensor([1.0, 1.0, 0.0]), kl_coef=0.5)
     assert by_hand.tolist() == [[-0.5, 0.5 + 5.0, 0.0]]  # signed: a token less likely than under the reference earns
 
 
@@ -200,14 +209,18 @@ def test_whitened_advantages():
     values = 3 * draw() + 7
     whitened = whiten(values * mask, mask)
     inside = whitened[mask.bool()].double()
-    assert inside.mean().item() == pytest.approx(0, abs=1e-5) and inside.var(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert (inside.mean().item() == pytest.approx(0, abs=1e-5)
+            and inside.var(correction=0).item() == pytest.approx(1, abs=1e-5))
     assert (whitened * (1 - mask)).abs().max() == 0
     torch.testing.assert_close(whiten(F.pad(values, (0, 1), value=99.0), F.pad(mask, (0, 1))), F.pad(whitened, (0, 1)))
-    torch.testing.assert_close(whiten(values[mask.bool()][None].flip(1), torch.ones(1, int(mask.sum()))).flip(1)[0], whitened[mask.bool()])
+    torch.testing.assert_close(whiten(values[mask.bool()][None].flip(1), torch.ones(1, int(mask.sum()))).flip(1)[0],
+                               whitened[mask.bool()])
 
 
 def test_whitening_keeps_its_digits_far_from_zero():
-    """Mean 1000, deviation 1: in float32 the mean of the squares less the square of the mean would keep one digit of it."""
+    """
+    Mean 1000, deviation 1: in float32 the mean of the squares less the square of the mean would keep one digit of it.
+    """
     values, mask = 1000 + torch.randn(64, 41, generator=torch.Generator().manual_seed(0)), torch.ones(64, 41)
     exact = (values.double() - values.double().mean()) / values.double().std(correction=0)
     torch.testing.assert_close(whiten(values, mask).double(), exact, atol=1e-3, rtol=0)
@@ -215,7 +228,10 @@ def test_whitening_keeps_its_digits_far_from_zero():
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 3.3, 77.77, 1234.567, 1e5 / 3])
 def test_whitening_what_does_not_vary(value):
-    """The variance is 0 but for rounding, which must not make its root complex, infinite or NaN: sums of squares need float64."""
+    """
+    The variance is 0 but for rounding, which must not make its root complex, infinite or NaN: sums of squares need
+    float64.
+    """
     generator = torch.Generator().manual_seed(0)
     whitened = whiten(value * (1 + 1e-7 * torch.randn(64, 41, generator=generator)), torch.ones(64, 41))
     assert whitened.dtype == torch.float32 and whitened.isfinite().all()
@@ -228,13 +244,17 @@ def token_gradient(loss, point, *arguments):
 
 
 def test_actor_loss_by_hand():
-    """Ratios 1.5, 0.5 and 1.1 with eps 0.2: -A min(...) picks the clip where the advantage would still pull further away."""
+    """
+    Ratios 1.5, 0.5 and 1.1 with eps 0.2: -A min(...) picks the clip where the advantage would still pull further away.
+    """
     old, mask = torch.zeros(1, 6), torch.ones(1, 6)
     logprobs = tensor([1.5, 1.5, 0.5, 0.5, 1.1, 1.1]).log()
     advantages = tensor([2, -2, 2, -2, 2, -2])
     loss, clipped, approx_kl = actor_loss(logprobs, old, advantages, mask, 0.2)
-    assert loss.item() == pytest.approx(-2 * 1.2 + 2 * 1.5 - 2 * 0.5 + 2 * 0.8 - 2 * 1.1 + 2 * 1.1, abs=1e-6) and clipped == 2
-    assert approx_kl.item() == pytest.approx(math.log(1.5)**2 + math.log(0.5)**2 + math.log(1.1)**2, rel=1e-5)  # sum of log(ratio)^2 / 2
+    assert (loss.item() == pytest.approx(-2 * 1.2 + 2 * 1.5 - 2 * 0.5 + 2 * 0.8 - 2 * 1.1 + 2 * 1.1, abs=1e-6)
+            and clipped == 2)
+    # sum of log(ratio)^2 / 2
+    assert approx_kl.item() == pytest.approx(math.log(1.5)**2 + math.log(0.5)**2 + math.log(1.1)**2, rel=1e-5)
     gradient = token_gradient(actor_loss, logprobs, old, advantages, mask, 0.2)[0]
     assert gradient.tolist() == pytest.approx([0, 2 * 1.5, -2 * 0.5, 0, -2 * 1.1, 2 * 1.1], abs=1e-6)
 
@@ -244,14 +264,16 @@ def test_actor_loss_counts_only_the_mask():
     logprobs, old, advantages = draw(), draw(), draw()
     loss, clipped, approx_kl = actor_loss(logprobs, old, advantages, mask, 0.2)
     inside = [x[mask.bool()][None] for x in (logprobs, old, advantages, mask)]
-    assert loss.item() == pytest.approx(actor_loss(*inside, 0.2)[0].item(), rel=1e-5) and clipped == actor_loss(*inside, 0.2)[1]
+    assert (loss.item() == pytest.approx(actor_loss(*inside, 0.2)[0].item(), rel=1e-5)
+            and clipped == actor_loss(*inside, 0.2)[1])
 
 
 def test_first_update_is_the_policy_gradient():
     """At ratio 1 the gradient is -A, and nothing is clipped."""
     mask, draw = ragged()
     logprobs, advantages = draw(), draw()
-    torch.testing.assert_close(token_gradient(actor_loss, logprobs, logprobs, advantages, mask, 0.2), -advantages * mask)
+    torch.testing.assert_close(token_gradient(actor_loss, logprobs, logprobs, advantages, mask, 0.2),
+                               -advantages * mask)
     assert actor_loss(logprobs, logprobs, advantages, mask, 0.2)[1] == 0
 
 
@@ -263,7 +285,10 @@ def test_one_stray_token_leaves_the_loss_finite(log_ratio, advantage):
 
 
 def test_critic_loss_by_hand():
-    """old value 0, eps 0.5. (value, target): inside the clip; past it, towards the target; past it, away; past it, target between."""
+    """
+    old value 0, eps 0.5. (value, target): inside the clip; past it, towards the target; past it, away; past it, target
+    between.
+    """
     values, returns = tensor([0.3, 2.0, -2.0, 2.0]), tensor([1.0, 3.0, 1.0, 1.0])
     old, mask = torch.zeros(1, 4), torch.ones(1, 4)
     squares = [0.7**2, 2.5**2, 3.0**2, 1.0**2]  # max of (v - G)^2 and (clip - G)^2: 0.49|0.49, 1|6.25, 9|2.25, 1|0.25
@@ -275,7 +300,9 @@ def test_critic_loss_by_hand():
 
 
 def test_kl_controller_by_hand():
-    """beta (1 + clip(KL / target - 1, +-0.2) n / horizon): KL 12 of 6 is 20% at most, 6.6 is 10%, 3 is -20%, 6 is none."""
+    """
+    beta (1 + clip(KL / target - 1, +-0.2) n / horizon): KL 12 of 6 is 20% at most, 6.6 is 10%, 3 is -20%, 6 is none.
+    """
     beta = 0.1
     for kl, factor in ((12, 1 + 0.2 * 64 / 1000), (6.6, 1 + 0.1 * 64 / 1000), (3, 1 - 0.2 * 64 / 1000), (6, 1.0)):
         before, beta = beta, adapt_kl_coef(beta, kl, 6, 64, horizon=1000)
@@ -290,7 +317,8 @@ LR, SPLITS = 3e-4, [(4, 1), (2, 2), (1, 4)]  # rows in a micro-batch, micro-batc
 
 
 def step_settings(settings, rows, parts):
-    return {**settings, "train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": parts, "train_batch_size": rows * parts}
+    return {**settings, "train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": parts,
+            "train_batch_size": rows * parts}
 
 
 def make_engine(wrapper, model, settings, rows, parts, config_class=SFTConfig):
@@ -335,7 +363,8 @@ def test_sft_step_is_the_same_in_any_micro_batches(make_model, settings, family)
 def test_padded_step_is_the_trimmed_one(make_model, settings):
     model, collate = make_model("opt"), Collator(1, pad_token_id=2)
     expected = plain_step(model, lambda m: sum(row_nats(m, ids, n) for ids, n in ROWS) / 15)
-    batch = {name: F.pad(value, (0, 20), value=2 if name == "input_ids" else 0) for name, value in collate(sft_items()).items()}
+    batch = {name: F.pad(value, (0, 20), value=2 if name == "input_ids" else 0)
+             for name, value in collate(sft_items()).items()}
     engine = make_engine(LanguageModel, model, settings, 4, 1)
     loss, norm = train_step(engine, [batch], lambda batch: token_nats(engine, batch), 15)
     assert_same_step((weights(engine), loss, norm), expected)
@@ -344,10 +373,12 @@ def test_padded_step_is_the_trimmed_one(make_model, settings):
 @pytest.mark.parametrize("family", ["opt", "llama"])
 def test_reward_step_is_the_same_in_any_micro_batches(make_model, settings, family):
     model = make_model(family, "score")
-    answers = [([7, 8, 2], [7, 9, 10, 11, 2]), ([5, 2], [5, 6, 2]), ([30, 31, 32, 33, 34, 2], [30, 2]), ([4, 4, 2], [4, 2])]
+    answers = [([7, 8, 2], [7, 9, 10, 11, 2]), ([5, 2], [5, 6, 2]), ([30, 31, 32, 33, 34, 2], [30, 2]),
+               ([4, 4, 2], [4, 2])]
     score = lambda m, ids: m(torch.tensor([ids])).logits[0, 0]  # Hugging Face reads the last token that is not padding
     expected = plain_step(model, lambda m: -sum(F.logsigmoid(score(m, a) - score(m, b)) for a, b in answers) / 4)
-    items = [{key: torch.tensor(ids).int().numpy() for key, ids in zip(("chosen", "rejected"), pair)} | {"prompt_len": 1} for pair in answers]
+    items = [{key: torch.tensor(ids).int().numpy() for key, ids in zip(("chosen", "rejected"), pair)}
+             | {"prompt_len": 1} for pair in answers]
     for rows, parts in SPLITS:
         engine = make_engine(RewardModel, model, settings, rows, parts, RewardConfig)
         batches = MicroBatches(Collator(2, pad_token_id=3), parts)(items)
@@ -356,7 +387,10 @@ def test_reward_step_is_the_same_in_any_micro_batches(make_model, settings, fami
 
 
 def make_experience(left=0, right=0):
-    """4 ragged responses to ragged prompts, with old log-probabilities and values some way off; `left`, `right`: columns of padding more."""
+    """
+    4 ragged responses to ragged prompts, with old log-probabilities and values some way off; `left`, `right`: columns
+    of padding more.
+    """
     generator = torch.Generator().manual_seed(5)
     lengths = torch.tensor([[3, 4], [1, 6], [5, 1], [2, 3]])  # (prompt, response)
     P, R = lengths.amax(0).tolist()
@@ -366,14 +400,18 @@ def make_experience(left=0, right=0):
     old = {name: torch.randn(4, R, generator=generator) for name in ("logprobs", "values", "advantages", "returns")}
     old["logprobs"] = old["logprobs"] * 0.2 - 7  # near log(1 / 1000): some ratios are clipped, others not
     wide = lambda x: F.pad(x, (0, right))
-    return Experience(F.pad(tokens, (left, right)), F.pad(attention_mask, (left, right)), wide(mask), ref_logprobs=wide(old["logprobs"]),
-                      scores=torch.zeros(4), **{name: wide(value * mask) for name, value in old.items()})
+    return Experience(F.pad(tokens, (left, right)), F.pad(attention_mask, (left, right)), wide(mask),
+                      ref_logprobs=wide(old["logprobs"]), scores=torch.zeros(4),
+                      **{name: wide(value * mask) for name, value in old.items()})
 
 
 def ppo_losses(actor, critic, x, args):
-    """(mean actor loss, mean critic loss) a row at a time, without padding, by the formulas of step3_ppo's docstring."""
+    """
+    (mean actor loss, mean critic loss) a row at a time, without padding, by the formulas of step3_ppo's docstring.
+    """
     sums = [0.0, 0.0]
-    for tokens, real, mask, old, v_old, A, G in zip(x.tokens, x.attention_mask, x.mask, x.logprobs, x.values, x.advantages, x.returns):
+    for tokens, real, mask, old, v_old, A, G in zip(x.tokens, x.attention_mask, x.mask, x.logprobs, x.values,
+                                                    x.advantages, x.returns):
         ids, n = tokens[real.bool()], int(mask.sum())
         at = torch.arange(len(ids) - n, len(ids))
         logp = (actor(ids[None]).logits[0] / args.temperature).log_softmax(-1)[at - 1, ids[at]]
@@ -386,7 +424,8 @@ def ppo_losses(actor, critic, x, args):
 
 
 def make_trainer(actor, critic, settings, rows, parts, **flags):
-    args = step3_ppo.Config(per_device_train_batch_size=rows, gradient_accumulation_steps=parts, temperature=0.7, **flags)
+    args = step3_ppo.Config(per_device_train_batch_size=rows, gradient_accumulation_steps=parts, temperature=0.7,
+                            **flags)
     engine = types.SimpleNamespace(actor=make_engine(LanguageModel, actor, settings, rows, parts), ema=None,
                                    critic=make_engine(RewardModel, critic, settings, rows, parts))
     trainer = DeepSpeedPPOTrainer(engine, args)
@@ -408,15 +447,21 @@ def test_ppo_step_is_the_same_in_any_micro_batches_and_padding(make_model, setti
     for rows, parts, padding in [(*split, {}) for split in SPLITS] + [(2, 2, {"left": 3, "right": 5})]:
         trainer = make_trainer(actor, critic, settings, rows, parts)
         actor_mean, critic_mean = trainer.train_rlhf(to(device(), make_experience(**padding)))
-        assert_same_step((weights(trainer.engine.actor), actor_mean, trainer.metrics["ppo/policy/grad_norm"]), expected[0])
-        assert_same_step((weights(trainer.engine.critic), critic_mean, trainer.metrics["ppo/val/grad_norm"]), expected[1])
+        assert_same_step((weights(trainer.engine.actor), actor_mean, trainer.metrics["ppo/policy/grad_norm"]),
+                         expected[0])
+        assert_same_step((weights(trainer.engine.critic), critic_mean, trainer.metrics["ppo/val/grad_norm"]),
+                         expected[1])
         metrics.append([trainer.metrics[name] for name in sorted(trainer.metrics) if name.startswith("ppo/")])
-    assert all(numbers == pytest.approx(metrics[0], rel=1e-4) for numbers in metrics), "metrics divide by what was really counted"
-    assert 0 < trainer.metrics["ppo/policy/clipfrac"] < 1 and 0 < trainer.metrics["ppo/val/clipfrac"] < 1, "the example has both kinds of token"
+    assert all(numbers == pytest.approx(metrics[0], rel=1e-4) for numbers in metrics), (
+        "metrics divide by what was really counted")
+    assert 0 < trainer.metrics["ppo/policy/clipfrac"] < 1 and 0 < trainer.metrics["ppo/val/clipfrac"] < 1, (
+        "the example has both kinds of token")
 
 
 def test_ptx_gradient_is_added(make_model, settings):
-    """One step of PPO and text together, in any micro-batches: grad(ppo) + c grad(ptx), each a mean over its own tokens."""
+    """
+    One step of PPO and text together, in any micro-batches: grad(ppo) + c grad(ptx), each a mean over its own tokens.
+    """
     actor, critic, x = make_model("opt"), make_model("opt", "score", seed=1), make_experience()
     args, c = step3_ppo.Config(temperature=0.7), 3.0
     nats = lambda m: sum(row_nats(m, ids, 1) for ids, _ in ROWS) / sum(len(ids) - 1 for ids, _ in ROWS)
@@ -442,7 +487,8 @@ def test_optimizer_steps_are_epochs_times_minibatches(make_model, settings, rows
 def test_a_policy_that_has_not_moved_has_ratio_one(make_model, settings):
     """With old log-probabilities from the very forward that trains, for any split: ratio 1, KL 0, nothing clipped."""
     for rows, parts in SPLITS:
-        trainer, x = make_trainer(make_model("opt"), make_model("opt", "score"), settings, rows, parts), to(device(), make_experience(left=2))
+        trainer, x = (make_trainer(make_model("opt"), make_model("opt", "score"), settings, rows, parts),
+                      to(device(), make_experience(left=2)))
         with torch.no_grad():
             x.logprobs = trainer.engine.actor(x.tokens, x.attention_mask, x.mask, 0.7)[0]
         trainer.train_rlhf(x)
@@ -454,12 +500,14 @@ def test_weight_decay_spares_biases_and_norms(make_model, settings):
     config = SFTConfig(per_device_train_batch_size=4, weight_decay=0.5)
     engine = train_engine(LanguageModel(make_model("opt")), step_settings(settings, 4, 1), config, LR, 10)
     decay = {id(p): group["weight_decay"] for group in engine.optimizer.param_groups for p in group["params"]}
-    assert all(decay[id(p)] == (0.5 if p.ndim >= 2 else 0) for p in engine.module.parameters()) and len(decay) == len(list(engine.module.parameters()))
+    assert (all(decay[id(p)] == (0.5 if p.ndim >= 2 else 0) for p in engine.module.parameters())
+            and len(decay) == len(list(engine.module.parameters())))
 
 
 def test_schedule_counts_optimizer_steps_and_ends_at_its_end(make_model, settings):
     """Linear from LR to 0 over 4 optimizer steps of 2 micro-batches, warm-up of 2: LR/2, LR, LR, LR/2, then 0."""
-    config = SFTConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2, lr_scheduler_type="linear", num_warmup_steps=2)
+    config = SFTConfig(per_device_train_batch_size=2, gradient_accumulation_steps=2, lr_scheduler_type="linear",
+                       num_warmup_steps=2)
     engine = train_engine(LanguageModel(make_model("opt")), step_settings(settings, 2, 2), config, LR, 4)
     batches, rates = MicroBatches(Collator(1, pad_token_id=3), 2)(sft_items()), []
     for _ in range(4):

@@ -1,4 +1,6 @@
-"""--dry_run: the plan's bytes against counts by hand and published limits, its hours against DeepSpeed-Chat's tables."""
+"""
+--dry_run: the plan's bytes against counts by hand and published limits, its hours against DeepSpeed-Chat's tables.
+"""
 
 import shutil
 from pathlib import Path
@@ -18,8 +20,9 @@ def settings(stage=0, dtype="bf16", **zero):
     return {dtype: {"enabled": True}, "zero_optimization": {"stage": stage, **zero}}
 
 
-@pytest.mark.parametrize("size, billions", [("125m", 0.125), ("350m", 0.331), ("1.3b", 1.316), ("2.7b", 2.652), ("6.7b", 6.658),
-                                            ("13b", 12.853), ("30b", 29.975), ("66b", 65.72), ("175b", 174.6)])
+@pytest.mark.parametrize("size, billions", [
+    ("125m", 0.125), ("350m", 0.331), ("1.3b", 1.316), ("2.7b", 2.652), ("6.7b", 6.658), ("13b", 12.853),
+    ("30b", 29.975), ("66b", 65.72), ("175b", 174.6)])
 def test_the_table_of_opt_has_the_published_sizes(size, billions):
     """Parameters of the checkpoints on the hub (175B: Zhang et al. 2022, which counts no biases)."""
     model = empty_model(f"facebook/opt-{size}", EngineConfig())
@@ -28,7 +31,8 @@ def test_the_table_of_opt_has_the_published_sizes(size, billions):
 
 
 @pytest.mark.parametrize("dtype, stage, weights, gradients, optimizer", [
-    ("fp32", 0, 4, 4, 8), ("bf16", 0, 2, 2, 12), ("bf16", 1, 2, 2, 3), ("bf16", 2, 2, 0.5, 3), ("bf16", 3, 0.5, 0.5, 3)])
+    ("fp32", 0, 4, 4, 8), ("bf16", 0, 2, 2, 12), ("bf16", 1, 2, 2, 3), ("bf16", 2, 2, 0.5, 3),
+    ("bf16", 3, 0.5, 0.5, 3)])
 def test_bytes_a_parameter(dtype, stage, weights, gradients, optimizer):
     """Rajbhandari et al. 2020, figure 1, on 4 devices."""
     model = empty_model("opt-125m", EngineConfig())
@@ -50,7 +54,8 @@ def test_activations_are_what_autograd_keeps():
     """The formula against the bytes of every tensor that a forward pass of OPT and of Llama saves for its backward."""
     from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
     rows, tokens = 4, 64
-    common = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=64, max_position_embeddings=128)
+    common = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=64,
+                  max_position_embeddings=128)
     for model in (OPTForCausalLM(OPTConfig(ffn_dim=512, word_embed_proj_dim=128, dropout=0.0, **common)),
                   LlamaForCausalLM(LlamaConfig(intermediate_size=384, num_key_value_heads=2, **common))):
         saved, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -70,27 +75,29 @@ def test_activations_are_what_autograd_keeps():
 
 def deepspeed_chat(size):
     """
-    Peak GB of DeepSpeed-Chat's step 3 on one GPU, by its own recipe (single_gpu/run_6.7b_lora.sh): fp16 without ZeRO, LoRA
-    128 that freezes the matrices it adapts and nothing else, a whole reference model, an OPT-350M critic trained whole and
-    checkpointed, 8 rows of 256 + 256. Its generation aliases all weights, but its KV cache stays.
+    Peak GB of DeepSpeed-Chat's step 3 on one GPU, by its own recipe (single_gpu/run_6.7b_lora.sh): fp16 without ZeRO,
+    LoRA 128 that freezes the matrices it adapts and nothing else, a whole reference model, an OPT-350M critic trained
+    whole and checkpointed, 8 rows of 256 + 256. Its generation aliases all weights, but its KV cache stays.
     """
     lora, plain = EngineConfig(lora_dim=128), EngineConfig()
     actor = empty_model(f"opt-{size}", lora)
     for name, parameter in actor.named_parameters():
         parameter.requires_grad_(".base.weight" not in name)
     models = {"actor": actor, "ref": empty_model(f"opt-{size}", plain, trained=False),
-              "reward": empty_model("opt-350m", plain, "score", trained=False), "critic": empty_model("opt-350m", plain, "score")}
+              "reward": empty_model("opt-350m", plain, "score", trained=False),
+              "critic": empty_model("opt-350m", plain, "score")}
     plan, peaks = memory_plan(models, settings(dtype="fp16"), 1, 8, 512, 256, 8, checkpointing=True)
     return (peaks["train actor"] + plan["actor"]["KV cache"]) / GB
 
 
 def test_the_largest_models_that_deepspeed_chat_publishes_for_one_gpu():
     """
-    "Max model size on a single GPU", table 3 of its announcement (blogs/deepspeed-chat, April 2023): 2.7B on 32 GB, 6.7B
-    on 40 and 48, 13B on 80. Each fits within 15%, and the next larger of the family does not.
+    "Max model size on a single GPU", table 3 of its announcement (blogs/deepspeed-chat, April 2023): 2.7B on 32 GB,
+    6.7B on 40 and 48, 13B on 80. Each fits within 15%, and the next larger of the family does not.
     """
     peak = {size: deepspeed_chat(size) for size in ("2.7b", "6.7b", "13b", "30b")}
-    for gpu, largest, next_larger in ((32, "2.7b", "6.7b"), (40, "6.7b", "13b"), (48, "6.7b", "13b"), (80, "13b", "30b")):
+    for gpu, largest, next_larger in ((32, "2.7b", "6.7b"), (40, "6.7b", "13b"), (48, "6.7b", "13b"),
+                                      (80, "13b", "30b")):
         assert peak[largest] < 1.15 * gpu and peak[next_larger] > 1.15 * gpu, (gpu, peak)
     assert peak["13b"] == pytest.approx(80, rel=0.15) and peak["6.7b"] == pytest.approx(40, rel=0.15), peak
 
@@ -100,10 +107,12 @@ def test_the_largest_models_that_deepspeed_chat_publishes_for_one_gpu():
     ("66b", 8, 67.8, 50.4, 1620), ("175b", 64, 52.8, 20, 5120)])
 def test_hours_and_dollars_of_deepspeed_chat(size, gpus, tflops, hours, dollars):
     """
-    Its tables 1 and 2 (an epoch of step 3 on A100-80GB, OPT-350M critic) from its figure 6 (effective TFLOP/s a GPU) and
-    BenckmarkSetting.md (264,292 prompts of 256 tokens, 256 generated); $32 for 8 GPUs an hour. Checkpointing from 6.7B on.
+    Its tables 1 and 2 (an epoch of step 3 on A100-80GB, OPT-350M critic) from its figure 6 (effective TFLOP/s a GPU)
+    and BenckmarkSetting.md (264,292 prompts of 256 tokens, 256 generated); $32 for 8 GPUs an hour. Checkpointing from
+    6.7B on.
     """
-    models = {"actor": empty_model(f"opt-{size}", EngineConfig()), "critic": empty_model("opt-350m", EngineConfig(), "score")}
+    models = {"actor": empty_model(f"opt-{size}", EngineConfig()),
+              "critic": empty_model("opt-350m", EngineConfig(), "score")}
     found = epoch_hours(training_flops(models, 512, 256, size != "1.3b"), 264_292, gpus, tflops)
     assert found == pytest.approx(hours, rel=0.15)
     assert found * gpus * 4 == pytest.approx(dollars, rel=0.15)
@@ -112,8 +121,11 @@ def test_hours_and_dollars_of_deepspeed_chat(size, gpus, tflops, hours, dollars)
 @pytest.mark.parametrize("size, gpus, pairs_a_second, hours", [
     ("1.3b", 1, 4.85, 15.4), ("6.7b", 1, 0.9, 81.6), ("6.7b", 8, 13, 5.7), ("13b", 8, 6.8, 10.8), ("66b", 64, 10, 7.5)])
 def test_hours_from_its_pairs_a_second(size, gpus, pairs_a_second, hours):
-    """The same where figures 3, 4 and 7 state sequences a second (40 GB cards; 66B: 80 GB), turned into TFLOP/s a device."""
-    models = {"actor": empty_model(f"opt-{size}", EngineConfig()), "critic": empty_model("opt-350m", EngineConfig(), "score")}
+    """
+    The same where figures 3, 4 and 7 state sequences a second (40 GB cards; 66B: 80 GB), turned into TFLOP/s a device.
+    """
+    models = {"actor": empty_model(f"opt-{size}", EngineConfig()),
+              "critic": empty_model("opt-350m", EngineConfig(), "score")}
     flops = training_flops(models, 512, 256, False)
     assert epoch_hours(flops, 264_292, gpus, pairs_a_second * flops / gpus / 1e12) == pytest.approx(hours, rel=0.05)
 
@@ -137,9 +149,10 @@ def test_step_3_plans_without_reading_weights(model_folders, tmp_path, monkeypat
     shutil.copy(Path(model_folders["lm"]) / "config.json", tmp_path)
     monkeypatch.chdir(tmp_path)
     step3_ppo.main(parse_config(step3_ppo.Config, "", [
-        "--actor_model_name_or_path", str(tmp_path), "--critic_model_name_or_path", "facebook/opt-350m", "--dry_run", "8",
-        "--zero_stage", "3", "--device_tflops", "40", "--device_price", "2"]))
+        "--actor_model_name_or_path", str(tmp_path), "--critic_model_name_or_path", "facebook/opt-350m",
+        "--dry_run", "8", "--zero_stage", "3", "--device_tflops", "40", "--device_price", "2"]))
     out = capsys.readouterr().out
-    for name in ("8 device(s)", "ZeRO stage 3", "actor", "ref", "reward", "critic", "generate", "train critic", "at 40 TFLOP/s", "$2"):
+    for name in ("8 device(s)", "ZeRO stage 3", "actor", "ref", "reward", "critic", "generate", "train critic",
+                 "at 40 TFLOP/s", "$2"):
         assert name in out, (name, out)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

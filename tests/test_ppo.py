@@ -1,7 +1,11 @@
-"""PPO's promises on real models: the first update's ratio is 1 and its KL 0, EOS is trained, and the RLHF API runs as documented."""
+"""
+PPO's promises on real models: the first update's ratio is 1 and its KL 0, EOS is trained, and the RLHF API runs as
+documented.
+"""
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM, OPTForSequenceClassification
+from transformers import (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, OPTConfig, OPTForCausalLM,
+                          OPTForSequenceClassification)
 
 import step3_ppo
 from data import Collator, DataConfig, EncodedDataset, load_records, load_tokenizer, make_dataloader
@@ -9,16 +13,22 @@ from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, critic_l
 
 
 def small_models(kind, folder, tokenizer):
-    """Random actor and reward model of OPT's or Llama's shape, saved as users' folders are. OPT's default dropout of 0.1 is left in."""
-    common = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
-                  bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    """
+    Random actor and reward model of OPT's or Llama's shape, saved as users' folders are. OPT's default dropout of 0.1
+    is left in.
+    """
+    common = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                  max_position_embeddings=128, bos_token_id=tokenizer.bos_token_id,
+                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
     if kind == "opt":
         config = OPTConfig(ffn_dim=64, word_embed_proj_dim=32, **common)
-        models = OPTForCausalLM(config), OPTForSequenceClassification(OPTConfig(**{**config.to_dict(), "num_labels": 1}))
+        models = (OPTForCausalLM(config),
+                  OPTForSequenceClassification(OPTConfig(**{**config.to_dict(), "num_labels": 1})))
     else:
         config = LlamaConfig(intermediate_size=64, num_key_value_heads=2, **common)
-        models = LlamaForCausalLM(config), LlamaForSequenceClassification(LlamaConfig(**{**config.to_dict(), "num_labels": 1}))
+        models = (LlamaForCausalLM(config),
+                  LlamaForSequenceClassification(LlamaConfig(**{**config.to_dict(), "num_labels": 1})))
     paths = []
     for model, name in zip(models, ("actor", "reward")):
         for parameter in model.parameters():
@@ -32,9 +42,11 @@ def small_models(kind, folder, tokenizer):
 @pytest.fixture(params=["opt", "llama"])
 def trainer(request, tmp_path, process_group):
     tokenizer = load_tokenizer("tiny")
-    args = Config(per_device_generation_batch_size=4, per_device_train_batch_size=4, max_prompt_seq_len=16, max_answer_seq_len=12, actor_learning_rate=1e-3,
-                  critic_learning_rate=1e-3, lr_scheduler_type="constant", temperature=0.8)
-    engine = DeepSpeedRLHFEngine(*small_models(request.param, tmp_path, tokenizer), tokenizer=tokenizer, num_total_iters=4, args=args)
+    args = Config(per_device_generation_batch_size=4, per_device_train_batch_size=4, max_prompt_seq_len=16,
+                  max_answer_seq_len=12, actor_learning_rate=1e-3, critic_learning_rate=1e-3,
+                  lr_scheduler_type="constant", temperature=0.8)
+    engine = DeepSpeedRLHFEngine(*small_models(request.param, tmp_path, tokenizer), tokenizer=tokenizer,
+                                 num_total_iters=4, args=args)
     return DeepSpeedPPOTrainer(engine=engine, args=args)
 
 
@@ -46,14 +58,17 @@ def ragged_prompts(trainer, lengths=(1, 3, 7, 4)):
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_first_update_has_ratio_one_and_no_kl(trainer, pad_is_eos):
-    """Checks 1, 2, 3, 4, 7 of the PPO literature: rollout, trainer and reference are one policy before the first step."""
+    """
+    Checks 1, 2, 3, 4, 7 of the PPO literature: rollout, trainer and reference are one policy before the first step.
+    """
     if pad_is_eos:
         trainer.engine.tokenizer.pad_token = trainer.engine.tokenizer.eos_token
     trainer.engine.eos_token_ids = list(range(0, 700, 3))  # many ends: responses of all lengths
     x = trainer.generate_experience(ragged_prompts(trainer))
     assert 1 < x.mask.sum(1).unique().numel(), "the responses should be ragged"
     torch.testing.assert_close(x.ref_logprobs * x.mask, x.logprobs * x.mask, atol=1e-5, rtol=0)
-    assert trainer.metrics["response/logprob_drift"] < 1e-5  # the decoder's own log-probabilities are the training forward's
+    # the decoder's own log-probabilities are the training forward's
+    assert trainer.metrics["response/logprob_drift"] < 1e-5
     trainer.train_rlhf(x)
     assert trainer.metrics["ppo/policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert trainer.metrics["ppo/policy/clipfrac"] == 0
@@ -76,7 +91,8 @@ def test_eos_is_in_the_mask_and_has_a_gradient(trainer):
     row = int((x.mask.sum(1) < x.mask.size(1)).nonzero()[0])  # a row that ended early
     end = int(x.mask[row].sum()) - 1
     P = x.tokens.size(1) - x.mask.size(1)
-    assert int(x.tokens[row, P + end]) in engine.eos_token_ids and x.mask[row, end] == 1 and x.mask[row, end + 1:].sum() == 0
+    assert (int(x.tokens[row, P + end]) in engine.eos_token_ids and x.mask[row, end] == 1
+            and x.mask[row, end + 1:].sum() == 0)
     logprobs, _ = engine.actor.module(x.tokens, x.attention_mask, x.mask, 0.8)
     logprobs[row, end].backward()
     head = engine.actor.module.model.get_output_embeddings().weight
@@ -109,18 +125,20 @@ def test_values_are_of_the_state_before_each_token(trainer):
     row, P = 2, x.tokens.size(1) - x.mask.size(1)
     for t in range(int(x.mask[row].sum())):
         prefix, mask = x.tokens[row:row + 1, :P + t], x.attention_mask[row:row + 1, :P + t]
-        torch.testing.assert_close(trainer.engine.critic.module(prefix, mask)[0, -1], x.values[row, t], atol=1e-5, rtol=0)
+        torch.testing.assert_close(trainer.engine.critic.module(prefix, mask)[0, -1], x.values[row, t],
+                                   atol=1e-5, rtol=0)
 
 
 def test_the_rlhf_api_runs_as_written(tmp_path, process_group):
     tokenizer = load_tokenizer("tiny")
-    args = Config(max_prompt_seq_len=64, max_answer_seq_len=8, per_device_generation_batch_size=2, per_device_train_batch_size=2)
+    args = Config(max_prompt_seq_len=64, max_answer_seq_len=8, per_device_generation_batch_size=2,
+                  per_device_train_batch_size=2)
     actor_path, critic_path = small_models("opt", tmp_path, tokenizer)
     prompts = EncodedDataset(load_records(DataConfig(), stage=3)[0][:4], tokenizer, 3, 64)
     prompt_train_dataloader = make_dataloader(prompts, Collator(3, tokenizer.pad_token_id), 2, seed=0)
 
-    engine = DeepSpeedRLHFEngine(actor_model_name_or_path=actor_path, critic_model_name_or_path=critic_path, tokenizer=tokenizer,
-                                 num_total_iters=2, args=args)
+    engine = DeepSpeedRLHFEngine(actor_model_name_or_path=actor_path, critic_model_name_or_path=critic_path,
+                                 tokenizer=tokenizer, num_total_iters=2, args=args)
     trainer = DeepSpeedPPOTrainer(engine=engine, args=args)
     for prompt_batch in prompt_train_dataloader:
         out = trainer.generate_experience(prompt_batch)
@@ -141,7 +159,8 @@ def test_every_row_is_used_once_an_epoch_and_in_another_order(trainer, monkeypat
     torch.manual_seed(0)
     trainer.train_rlhf(trainer.generate_experience(ragged_prompts(trainer)))
     epochs = [used[i:i + 4] for i in range(0, 20, 4)]
-    assert len(used) == 20 and all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs) and len(set(map(tuple, epochs))) > 1
+    assert (len(used) == 20 and all(sorted(epoch) == [0, 1, 2, 3] for epoch in epochs)
+            and len(set(map(tuple, epochs))) > 1)
 
 
 def test_the_critic_starts_as_the_reward_model(trainer):
@@ -153,21 +172,26 @@ def test_scores_are_normalised_by_the_reward_models_own_numbers_then_clipped(tra
     engine = trainer.engine
     engine.reward.model.config.score_mean, engine.reward.model.config.score_std = 0.3, 0.02
     x = DeepSpeedPPOTrainer(engine, trainer.args).generate_experience(ragged_prompts(trainer))
-    raw = torch.stack([engine.reward(ids[real.bool()][None], real[real.bool()][None])[0, -1] for ids, real in zip(x.tokens, x.attention_mask)])
+    raw = torch.stack([engine.reward(ids[real.bool()][None], real[real.bool()][None])[0, -1]
+                       for ids, real in zip(x.tokens, x.attention_mask)])
     expected = (raw.detach() - 0.3) / 0.02
     assert (expected.abs() > 5).any(), "some must reach the clip"
     torch.testing.assert_close(x.scores, expected.clamp(-5, 5), atol=1e-3, rtol=0)
 
 
 def test_an_answer_without_eos_loses_exactly_the_penalty(trainer):
-    """After the clip, and before the KL (here 0) is added: the last token's return is the clipped score less the penalty."""
+    """
+    After the clip, and before the KL (here 0) is added: the last token's return is the clipped score less the penalty.
+    """
     trainer.engine.eos_token_ids = list(range(0, 1000, 20))
     trainer.args.reward_clip, trainer.args.missing_eos_penalty = 0.001, 0.7
     x = trainer.generate_experience(ragged_prompts(trainer, lengths=(1, 3, 7, 4, 2, 5, 6, 3)))
     last = x.mask.sum(1).long() - 1
-    ended = torch.isin(x.tokens[:, -x.mask.size(1):].gather(1, last[:, None]).squeeze(1), torch.tensor(trainer.engine.eos_token_ids))
+    ended = torch.isin(x.tokens[:, -x.mask.size(1):].gather(1, last[:, None]).squeeze(1),
+                       torch.tensor(trainer.engine.eos_token_ids))
     assert 0 < ended.sum() < 8 and (x.scores.abs() == 0.001).any()
-    torch.testing.assert_close(x.returns.gather(1, last[:, None]).squeeze(1), x.scores - 0.7 * (~ended).float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(x.returns.gather(1, last[:, None]).squeeze(1), x.scores - 0.7 * (~ended).float(),
+                               atol=1e-4, rtol=0)
 
 
 def test_only_actor_and_critic_are_trained_and_each_rollout_is_another(trainer):
@@ -177,7 +201,8 @@ def test_only_actor_and_critic_are_trained_and_each_rollout_is_another(trainer):
     prompts = ragged_prompts(trainer)
     first = trainer.generate_experience(prompts)
     again = trainer.generate_experience(prompts)
-    assert first.tokens.shape != again.tokens.shape or not torch.equal(first.tokens, again.tokens)  # another seed each time
+    # another seed each time
+    assert first.tokens.shape != again.tokens.shape or not torch.equal(first.tokens, again.tokens)
     trainer.train_rlhf(again)
     for name, model in (("ref", engine.ref), ("reward", engine.reward)):
         assert all(torch.equal(value, before[name][key]) for key, value in model.state_dict().items())

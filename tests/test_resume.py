@@ -29,7 +29,8 @@ def inputs(folder):
     small_models("opt", folder, load_tokenizer("tiny"))
     rows = [json.dumps(row) for row in toy_rows()[:400] if row["rejected"]]
     (folder / "rows.jsonl").write_text("\n".join(rows))
-    (folder / "ds.json").write_text(json.dumps({"gradient_clipping": 1.0, "zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    (folder / "ds.json").write_text(json.dumps({
+        "gradient_clipping": 1.0, "zero_optimization": {"stage3_param_persistence_threshold": 0}}))
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +42,18 @@ def folder(tmp_path_factory):
 
 def config(stage, folder, out, ranks=1, **flags):
     """The stage on small models, 7 steps of 4 rows whatever the number of ranks, a checkpoint every 3."""
-    common = dict(output_dir=str(folder / out), data_path=[str(folder / "rows.jsonl")], deepspeed_config=str(folder / "ds.json"),
-                  data_split="1,1,1", max_steps=7, save_steps=3, max_eval_samples=4, max_seq_len=96, max_prompt_seq_len=80,
-                  max_answer_seq_len=8, per_device_train_batch_size=4 // ranks, weight_decay=1.0)
+    common = dict(output_dir=str(folder / out), data_path=[str(folder / "rows.jsonl")],
+                  deepspeed_config=str(folder / "ds.json"), data_split="1,1,1", max_steps=7, save_steps=3,
+                  max_eval_samples=4, max_seq_len=96, max_prompt_seq_len=80, max_answer_seq_len=8,
+                  per_device_train_batch_size=4 // ranks, weight_decay=1.0)
     if stage is step3_ppo:
-        common |= dict(actor_model_name_or_path=str(folder / "actor"), critic_model_name_or_path=str(folder / "reward"), enable_ema=True,
-                       actor_learning_rate=1e-3, critic_learning_rate=1e-3, per_device_generation_batch_size=8 // ranks, ppo_epochs=2,
+        common |= dict(actor_model_name_or_path=str(folder / "actor"),
+                       critic_model_name_or_path=str(folder / "reward"), enable_ema=True, actor_learning_rate=1e-3,
+                       critic_learning_rate=1e-3, per_device_generation_batch_size=8 // ranks, ppo_epochs=2,
                        kl_target=1.0)
     else:
-        common |= dict(model_name_or_path=str(folder / ("actor" if stage is step1_sft else "reward")), learning_rate=1e-3)
+        common |= dict(model_name_or_path=str(folder / ("actor" if stage is step1_sft else "reward")),
+                       learning_rate=1e-3)
     return stage.Config(**common | flags)
 
 
@@ -60,11 +64,15 @@ def train(stage, *arguments, **flags):
 
 def result(folder):
     """All that a run leaves but its times: weights by file and name, metrics, summary."""
-    weights = {(file.parent.name, name): tensor for file in folder.glob("*/model.safetensors") for name, tensor in load_file(file).items()}
-    lines = [json.loads(line) for file in sorted(folder.glob("*/metrics.jsonl")) for line in file.read_text().splitlines()]
-    timeless = [{name: value for name, value in line.items() if not name.startswith(("time/", "tokens_per_second", "memory"))} for line in lines]
+    weights = {(file.parent.name, name): tensor
+               for file in folder.glob("*/model.safetensors") for name, tensor in load_file(file).items()}
+    lines = [json.loads(line)
+             for file in sorted(folder.glob("*/metrics.jsonl")) for line in file.read_text().splitlines()]
+    timeless = [{name: value for name, value in line.items()
+                 if not name.startswith(("time/", "tokens_per_second", "memory"))} for line in lines]
     numbers = {section: {name: value for name, value in values.items() if name != "seconds"}
-               for section, values in json.loads((folder / "summary.json").read_text()).items() if section in ("sft", "reward", "ppo")}
+               for section, values in json.loads((folder / "summary.json").read_text()).items()
+               if section in ("sft", "reward", "ppo")}
     return weights, timeless, numbers
 
 
@@ -127,9 +135,11 @@ def test_a_cut_checkpoint_is_skipped_and_the_run_is_still_the_same(folder, proce
     before = (sft / "model.safetensors").stat().st_mtime_ns
     train(step1_sft, folder, "cut", resume=True, save_steps=2, logging_steps=1)
     assert "done already" in capsys.readouterr().out and (sft / "model.safetensors").stat().st_mtime_ns == before
-    for flags, named in ((dict(learning_rate=2e-3), "--learning_rate 0.001, and now it is 0.002"), (dict(seed=1), "--seed 1234, and now it is 1"),
+    for flags, named in ((dict(learning_rate=2e-3), "--learning_rate 0.001, and now it is 0.002"),
+                         (dict(seed=1), "--seed 1234, and now it is 1"),
                          (dict(max_steps=8), "--max_steps 7"), (dict(zero_stage=2), "--zero_stage (or the JSON's) 0"),
-                         (dict(per_device_train_batch_size=2), "gradient_accumulation_steps x processes 4, and now it is 2")):
+                         (dict(per_device_train_batch_size=2),
+                          "gradient_accumulation_steps x processes 4, and now it is 2")):
         with pytest.raises(UsageError) as refused:
             train(step1_sft, folder, "cut", resume=True, **flags)
         assert named in str(refused.value) and "checkpoint-6" in str(refused.value)
@@ -164,7 +174,8 @@ def test_a_full_disk_ends_in_a_sentence_and_spoils_nothing(folder, process_group
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     reward = folder / "full" / "reward"
-    assert "checkpoint-6 could not be written: [Errno 27] File too large" in str(full.value) and "checkpoint-3 is as it was" in str(full.value)
+    assert ("checkpoint-6 could not be written: [Errno 27] File too large" in str(full.value)
+            and "checkpoint-3 is as it was" in str(full.value))
     assert [path.name for path in reward.glob("checkpoint-*")] == ["checkpoint-3"]
     train(step2_reward, folder, "full", resume=True)
     assert_same(result(folder / "full-whole"), result(folder / "full"))
@@ -187,10 +198,12 @@ def go_on(rank, ranks, folder, cases):
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group, capsys):
-    # the likeliest token only, and one minibatch a rollout: with sampling, and in another order, rows draw other noise on other ranks
+    # the likeliest token only, and one minibatch a rollout: with sampling, and in another order, rows draw other noise
+    # on other ranks
     ppo = dict(top_p=1e-6, gradient_accumulation_steps=2)
     cases = [(1, "sft-2", dict(zero_stage=2)), (1, "lora-3", dict(zero_stage=3, lora_dim=2, only_optimize_lora=True)),
-             (2, "reward-3", dict(zero_stage=3)), (3, "ppo-0", dict(zero_stage=0, **ppo)), (3, "ppo-3", dict(zero_stage=3, **ppo))]
+             (2, "reward-3", dict(zero_stage=3)), (3, "ppo-0", dict(zero_stage=0, **ppo)),
+             (3, "ppo-3", dict(zero_stage=3, **ppo))]
     run_ranks(2, two_ranks, folder, cases)
     for _, name, _ in cases:
         for ranks in (1, 4):
@@ -204,12 +217,14 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group
             for line, expected in zip(resumed[1], whole[1], strict=True):
                 assert line == pytest.approx(expected, rel=1e-3, abs=1e-4), (name, ranks)
             torch.testing.assert_close(resumed[0], whole[0], atol=2e-6, rtol=0)
-    with pytest.raises(UsageError, match="per_device_train_batch_size x gradient_accumulation_steps x processes 4, and now it is 8"):
+    with pytest.raises(UsageError, match="per_device_train_batch_size x gradient_accumulation_steps x processes 4, "
+                                         "and now it is 8"):
         train(step1_sft, folder, "sft-2", 1, resume=True, zero_stage=2, per_device_train_batch_size=8)
 
 
 def test_killed_processes():
     """kill_and_resume.py in small: SIGKILL to all ranks, then to one of two, at random moments."""
     script = Path(__file__).with_name("kill_and_resume.py")
-    done = subprocess.run([sys.executable, str(script), "--stage", "1", "--times", "2", "--steps", "7"], env=clean_environment(), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), "--stage", "1", "--times", "2", "--steps", "7"],
+                          env=clean_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 """
-Rewards by --reward_fn: Python functions with TRL's signature and reward models, alone and together; what they are given,
-what PPO makes of their numbers, and the sentence for each thing that can be wrong.
+Rewards by --reward_fn: Python functions with TRL's signature and reward models, alone and together; what they are
+given, what PPO makes of their numbers, and the sentence for each thing that can be wrong.
 """
 
 import copy
@@ -12,11 +12,12 @@ import torch
 
 from data import Collator, EncodedDataset, UsageError, load_tokenizer, to_records
 from hybrid_engine import last_token
-from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, call_reward_function, evaluate, load_reward_function
+from step3_ppo import (Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, call_reward_function, evaluate,
+                       load_reward_function)
 from test_ppo import small_models
 
-SIZES = dict(per_device_generation_batch_size=4, per_device_train_batch_size=4, max_prompt_seq_len=48, max_answer_seq_len=6, lr_scheduler_type="constant",
-             actor_learning_rate=1e-3, critic_learning_rate=1e-3)
+SIZES = dict(per_device_generation_batch_size=4, per_device_train_batch_size=4, max_prompt_seq_len=48,
+             max_answer_seq_len=6, lr_scheduler_type="constant", actor_learning_rate=1e-3, critic_learning_rate=1e-3)
 ROWS = [{"prompt": f"What is {i} + {i}?", "chosen": str(2 * i), "rejected": "Go.", "solution": 2 * i} for i in range(4)]
 CHAT = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
 FILE = '''
@@ -71,7 +72,8 @@ def prompts(rows=ROWS, tokenizer=None):
 
 @pytest.mark.parametrize("rows, prompt, completion", [
     (ROWS, "What is 1 + 1?", "two"),
-    (CHAT, [{"role": "user", "content": "What is 1 + 1?"}], [{"role": "assistant", "content": "two"}])], ids=["text", "messages"])
+    (CHAT, [{"role": "user", "content": "What is 1 + 1?"}], [{"role": "assistant", "content": "two"}])],
+    ids=["text", "messages"])
 def test_a_function_is_called_as_trl_calls_it(rows, prompt, completion):
     seen = {}
     def f(prompts, completions, **columns):
@@ -80,7 +82,8 @@ def test_a_function_is_called_as_trl_calls_it(rows, prompt, completion):
     records, _ = to_records(rows, "rows")
     assert call_reward_function("f", f, records, ["zero", "two", "four", "six"]).tolist() == [0, 1, 2, 3]
     assert seen["prompts"][1] == prompt and seen["completions"][1] == completion
-    assert seen["solution"] == [0, 2, 4, 6] and seen["chosen"] == ["0", "2", "4", "6"] and seen["rejected"] == 4 * ["Go."]
+    assert (seen["solution"] == [0, 2, 4, 6] and seen["chosen"] == ["0", "2", "4", "6"]
+            and seen["rejected"] == 4 * ["Go."])
     assert len(seen) == 5
 
 
@@ -88,7 +91,8 @@ def test_columns_of_blended_sources():
     """One source has a column that the other lacks: None stands there."""
     records = to_records(ROWS[:1], "a")[0] + to_records([{"question": "Why?", "answer": "So.", "level": 3}], "b")[0]
     seen = {}
-    call_reward_function("f", lambda prompts, completions, **columns: seen.update(columns) or [0, 0], records, ["x", "y"])
+    call_reward_function("f", lambda prompts, completions, **columns: seen.update(columns) or [0, 0], records,
+                         ["x", "y"])
     assert seen["solution"] == [0, None] and seen["level"] == [None, 3] and seen["chosen"] == ["0", "So."]
 
 
@@ -96,19 +100,27 @@ def test_columns_of_blended_sources():
 # what PPO makes of it
 
 def test_python_scores_are_taken_as_they_are(make_trainer):
-    """Lengths are far over the clip that holds a reward model's normalised scores; the answers are those that the rollout decodes to."""
+    """
+    Lengths are far over the clip that holds a reward model's normalised scores; the answers are those that the rollout
+    decodes to.
+    """
     trainer = make_trainer("length", reward_clip=0.01)
     x = trainer.generate_experience(prompts())
     R = x.mask.size(1)
-    texts = [trainer.engine.tokenizer.decode(ids[-R:][mask.bool()], skip_special_tokens=True).strip() for ids, mask in zip(x.tokens, x.mask)]
+    texts = [trainer.engine.tokenizer.decode(ids[-R:][mask.bool()], skip_special_tokens=True).strip()
+             for ids, mask in zip(x.tokens, x.mask)]
     assert x.scores.tolist() == [len(text) for text in texts] and x.scores.max() > 1
     last = x.mask.sum(1).long() - 1  # gamma = 1, KL = 0: the last token's return is its reward
     torch.testing.assert_close(x.returns.gather(1, last[:, None]).squeeze(1), x.scores, atol=1e-4, rtol=0)
-    assert trainer.metrics["objective/scores"] == trainer.metrics["objective/scores/length"] == pytest.approx(x.scores.mean().item())
+    assert (trainer.metrics["objective/scores"] == trainer.metrics["objective/scores/length"]
+            == pytest.approx(x.scores.mean().item()))
 
 
 def test_a_weighted_sum_of_functions_and_models(make_trainer, place):
-    """2 x the length - 3 x a reward model, the latter normalised by its own mean and deviation and clipped; each logged apart."""
+    """
+    2 x the length - 3 x a reward model, the latter normalised by its own mean and deviation and clipped; each logged
+    apart.
+    """
     from transformers import AutoModelForSequenceClassification
     model = AutoModelForSequenceClassification.from_pretrained(place.reward)
     config = copy.deepcopy(model.config)
@@ -131,7 +143,8 @@ def test_a_weighted_sum_of_functions_and_models(make_trainer, place):
 
 def decoded(trainer, x):
     R = x.mask.size(1)
-    return [trainer.engine.tokenizer.decode(ids[-R:][mask.bool()], skip_special_tokens=True).strip() for ids, mask in zip(x.tokens, x.mask)]
+    return [trainer.engine.tokenizer.decode(ids[-R:][mask.bool()], skip_special_tokens=True).strip()
+            for ids, mask in zip(x.tokens, x.mask)]
 
 
 def test_without_the_flag_the_reward_model_is_the_critics_start(make_trainer, place):
@@ -153,17 +166,24 @@ def test_evaluation_reports_the_reward_that_was_trained(make_trainer):
 
 
 def test_win_rate_by_hand(make_trainer):
-    """Marks by the task's scorer where there is one, else by the reward: better, worse and tied against given rivals."""
+    """
+    Marks by the task's scorer where there is one, else by the reward: better, worse and tied against given rivals.
+    """
     trainer = make_trainer("ones")
     assert evaluate(trainer, [prompts()], None, [0.5, 1.0, 1.0, 2.0])[0]["win_rate"] == (1 + 0.5 + 0.5) / 4
-    held, answered, marks = evaluate(trainer, [prompts()], lambda record, answer: float(record.chosen), [0.0, 1.0, 5.0, 5.0])
-    assert marks == [0, 2, 4, 6] and held["gold"] == 3 and held["score"] == 1 and held["win_rate"] == (0.5 + 1 + 0 + 1) / 4
+    held, answered, marks = evaluate(trainer, [prompts()], lambda record, answer: float(record.chosen),
+                                     [0.0, 1.0, 5.0, 5.0])
+    assert (marks == [0, 2, 4, 6] and held["gold"] == 3 and held["score"] == 1
+            and held["win_rate"] == (0.5 + 1 + 0 + 1) / 4)
     again = evaluate(trainer, [prompts()], None)[1]
     assert [answer for _, answer in again] == [answer for _, answer in answered]  # the same noise at every call
 
 
 def test_where_the_critic_starts(make_trainer, place, tmp_path, monkeypatch, capsys):
-    """With a function: from a reward model, a language model with a new head, or, where the default folder is missing, from the actor."""
+    """
+    With a function: from a reward model, a language model with a new head, or, where the default folder is missing,
+    from the actor.
+    """
     monkeypatch.chdir(tmp_path)
     assert "critic starts" not in capsys.readouterr().out
     for critic, said in ((place.reward, False), (place.actor, False), ("output/reward", True)):
@@ -180,7 +200,8 @@ def test_where_the_critic_starts(make_trainer, place, tmp_path, monkeypatch, cap
 # what can be wrong
 
 @pytest.mark.parametrize("name, said", [
-    ("short", "a list of 4 numbers.*list"), ("number", "a list of 4 numbers.*float 1.0"), ("words", "a list of 4 numbers.*good"),
+    ("short", "a list of 4 numbers.*list"), ("number", "a list of 4 numbers.*float 1.0"),
+    ("words", "a list of 4 numbers.*good"),
     ("nan", "nan gave 1 scores.*NaN"), ("no_columns", r"must take \(prompts, completions, \*\*columns\).*solution"),
     ("another", "missing a required.*answer")])
 def test_a_function_that_misbehaves(make_trainer, name, said):

@@ -1,6 +1,7 @@
 """
-Ten ways in which PPO fails without a word, one at a time, and the sentence of step 3 that names each: the checks before the first update
-(preflight) or the doctor while it runs. The models are small and really trained, by steps 1 and 2, on rows that they can learn in seconds.
+Ten ways in which PPO fails without a word, one at a time, and the sentence of step 3 that names each: the checks before
+the first update (preflight) or the doctor while it runs. The models are small and really trained, by steps 1 and 2, on
+rows that they can learn in seconds.
 """
 
 import json
@@ -25,25 +26,33 @@ NO_TURN = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '\\n\\nAssis
 
 @pytest.fixture(scope="module")
 def flags(make_model, tokenizer, process_group, tmp_path_factory):
-    """The flags of a healthy step 3 on models that steps 1 and 2 have trained: answers of two kinds, one of them preferred."""
+    """
+    The flags of a healthy step 3 on models that steps 1 and 2 have trained: answers of two kinds, one of them
+    preferred.
+    """
     folder = tmp_path_factory.mktemp("sabotage")
     make_model("opt").save_pretrained(folder / "start")
     tokenizer.save_pretrained(folder / "start")
-    pairs = [{"prompt": f"The {word} {thing}?", "chosen": f"The {thing} is {word}.", "rejected": f"It is {word} {word} {word}."}
-             for word, thing in product(WORDS, THINGS)]
-    shown = [{"prompt": row["prompt"], "response": row["rejected" if i % 5 < 3 else "chosen"]} for i, row in enumerate(pairs)]  # 40% are good
+    pairs = [{"prompt": f"The {word} {thing}?", "chosen": f"The {thing} is {word}.",
+              "rejected": f"It is {word} {word} {word}."} for word, thing in product(WORDS, THINGS)]
+    shown = [{"prompt": row["prompt"], "response": row["rejected" if i % 5 < 3 else "chosen"]}
+             for i, row in enumerate(pairs)]  # 40% are good
     for name, rows in (("shown", shown), ("pairs", pairs)):
         (folder / name).mkdir()
         (folder / name / "train.json").write_text(json.dumps([row for i, row in enumerate(rows) if i % 3]))
         (folder / name / "test.json").write_text(json.dumps(rows[::3]))
-    common = dict(output_dir=str(folder), max_seq_len=64, max_prompt_seq_len=24, max_answer_seq_len=16, logging_steps=20, seed=0)
-    step1_sft.main(step1_sft.Config(data_path=[str(folder / "shown")], model_name_or_path=str(folder / "start"), max_steps=80, learning_rate=1e-2,
-                                    data_split="1,0,0", per_device_train_batch_size=16, **common))
+    common = dict(output_dir=str(folder), max_seq_len=64, max_prompt_seq_len=24, max_answer_seq_len=16,
+                  logging_steps=20, seed=0)
+    step1_sft.main(step1_sft.Config(data_path=[str(folder / "shown")], model_name_or_path=str(folder / "start"),
+                                    max_steps=80, learning_rate=1e-2, data_split="1,0,0",
+                                    per_device_train_batch_size=16, **common))
     common["data_path"] = [str(folder / "pairs")]
-    step2_reward.main(step2_reward.Config(model_name_or_path=str(folder / "sft"), max_steps=15, learning_rate=3e-3, data_split="0,1,0", **common))
-    return {**common, "actor_model_name_or_path": str(folder / "sft"), "critic_model_name_or_path": str(folder / "reward"), "data_split": "0,0,1",
-            "per_device_generation_batch_size": 32, "per_device_train_batch_size": 8, "actor_learning_rate": 2e-3, "critic_learning_rate": 2e-3,
-            "kl_coef": 0.2, "max_steps": 60}
+    step2_reward.main(step2_reward.Config(model_name_or_path=str(folder / "sft"), max_steps=15, learning_rate=3e-3,
+                                          data_split="0,1,0", **common))
+    return {**common, "actor_model_name_or_path": str(folder / "sft"),
+            "critic_model_name_or_path": str(folder / "reward"), "data_split": "0,0,1",
+            "per_device_generation_batch_size": 32, "per_device_train_batch_size": 8, "actor_learning_rate": 2e-3,
+            "critic_learning_rate": 2e-3, "kl_coef": 0.2, "max_steps": 60}
 
 
 def ppo(flags, folder, **changes):
@@ -71,12 +80,14 @@ def test_preflight_leaves_no_trace(flags, tmp_path):
     for skip in (False, True):
         torch.manual_seed(0)
         ppo(flags, tmp_path / str(skip), skip_preflight=skip, max_steps=3, per_device_train_batch_size=8)
-        metrics = [{name: value for name, value in line.items() if not name.startswith(("time", "memory", "tokens_per"))}
+        metrics = [{name: value for name, value in line.items()
+                    if not name.startswith(("time", "memory", "tokens_per"))}
                    for line in read_metrics(tmp_path / str(skip))]
         results.append((metrics, load_file(tmp_path / str(skip) / "actor/model.safetensors"), torch.get_rng_state()))
     (metrics, weights, state), (plain_metrics, plain_weights, plain_state) = results
     assert metrics == plain_metrics and len(metrics) == 3
-    assert all(torch.equal(weights[name], plain_weights[name]) for name in plain_weights) and torch.equal(state, plain_state)
+    assert (all(torch.equal(weights[name], plain_weights[name]) for name in plain_weights)
+            and torch.equal(state, plain_state))
 
 
 # -----------------------------------------------------------------------------
@@ -86,7 +97,8 @@ def dropout_left_on(flags, folder, patch):
     patch(hybrid_engine, "disable_dropout", lambda config: None)
     shutil.copytree(flags["actor_model_name_or_path"], folder / "sft")
     config = json.loads((folder / "sft/config.json").read_text())
-    (folder / "sft/config.json").write_text(json.dumps({**config, "dropout": 0.1}))  # OPT's default, called as a function
+    # OPT's default, called as a function
+    (folder / "sft/config.json").write_text(json.dumps({**config, "dropout": 0.1}))
     return {"actor_model_name_or_path": str(folder / "sft")}
 
 
@@ -125,22 +137,26 @@ def no_assistant_turn(flags, folder, patch):
 
 
 def another_template_than_the_reward_models(flags, folder, patch):
-    return {"chat_template": NO_TURN.replace("Human", "User") + "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"}
+    return {"chat_template": NO_TURN.replace("Human", "User")
+            + "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"}
 
 
 def reward_model_untrained(flags, folder, patch):
     config = {name: flags[name] for name in ("data_path", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")}
-    step2_reward.main(step2_reward.Config(model_name_or_path=flags["actor_model_name_or_path"], output_dir=str(folder), max_steps=1, learning_rate=0.0,
-                                          **config))
-    if json.loads((folder / "summary.json").read_text())["reward"]["accuracy"] > 0.5:  # a new head is as good as its negative
+    step2_reward.main(step2_reward.Config(model_name_or_path=flags["actor_model_name_or_path"], output_dir=str(folder),
+                                          max_steps=1, learning_rate=0.0, **config))
+    # a new head is as good as its negative
+    if json.loads((folder / "summary.json").read_text())["reward"]["accuracy"] > 0.5:
         weights = load_file(folder / "reward/model.safetensors")
-        save_file({**weights, "score.weight": -weights["score.weight"]}, folder / "reward/model.safetensors", {"format": "pt"})
+        save_file({**weights, "score.weight": -weights["score.weight"]}, folder / "reward/model.safetensors",
+                  {"format": "pt"})
     return {"critic_model_name_or_path": str(folder / "reward")}
 
 
 def eos_never_sampled(flags, folder, patch):
     sample = hybrid_engine.sample
-    patch(hybrid_engine, "sample", lambda logits, *args, **options: sample(logits.index_fill(1, torch.tensor([2]), -1e9), *args, **options))
+    patch(hybrid_engine, "sample", lambda logits, *args, **options: sample(
+        logits.index_fill(1, torch.tensor([2]), -1e9), *args, **options))
     return {}
 
 
@@ -148,7 +164,8 @@ def other_ids(folder):
     """The tokenizer of a folder, all of whose words have other ids."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    words = {word: i for word, i in tokenizer["model"]["vocab"].items() if i >= 260}  # after the special tokens and the bytes
+    # after the special tokens and the bytes
+    words = {word: i for word, i in tokenizer["model"]["vocab"].items() if i >= 260}
     tokenizer["model"]["vocab"].update(zip(words, reversed(words.values())))
     path.write_text(json.dumps(tokenizer))
 
@@ -189,7 +206,9 @@ def test_preflight_names(sabotage, named, flags, tmp_path, monkeypatch):
 # named while it runs
 
 def test_the_doctor_names_stale_log_probabilities(flags, tmp_path, monkeypatch):
-    """Old log-probabilities from the weights of the start: right before the first update, and further off after each."""
+    """
+    Old log-probabilities from the weights of the start: right before the first update, and further off after each.
+    """
     generate_experience = step3_ppo.DeepSpeedPPOTrainer.generate_experience
 
     def stale(self, prompt_batch):
@@ -204,7 +223,8 @@ def test_the_doctor_names_stale_log_probabilities(flags, tmp_path, monkeypatch):
 
 
 def test_the_doctor_names_a_learning_rate_100_times_too_high(flags, tmp_path):
-    assert "--actor_learning_rate is too high" in ppo(flags, tmp_path, actor_learning_rate=100 * flags["actor_learning_rate"], max_steps=20)
+    assert "--actor_learning_rate is too high" in ppo(
+        flags, tmp_path, actor_learning_rate=100 * flags["actor_learning_rate"], max_steps=20)
 
 
 def test_the_doctor_names_a_kl_coefficient_of_zero(flags, tmp_path):

@@ -2,8 +2,8 @@
 One optimizer step of each stage is the same step, however it is computed: ZeRO 0 to 3, with optimizer and parameters
 offloaded, with 1, 2 and 4 processes, in micro-batches of 1, 2, 4 and 8 rows, with gradient checkpointing.
 
-Eight rows of ragged lengths, dealt to processes and micro-batches; loss, gradient norm and new weights against one process
-with all rows at once and without ZeRO. For PPO the rollout is given, so that all see the same one.
+Eight rows of ragged lengths, dealt to processes and micro-batches; loss, gradient norm and new weights against one
+process with all rows at once and without ZeRO. For PPO the rollout is given, so that all see the same one.
 """
 
 import json
@@ -19,8 +19,8 @@ import step1_sft
 import step2_reward
 import step3_ppo
 from data import DataConfig, load_tokenizer
-from hybrid_engine import (EngineConfig, LanguageModel, RewardModel, all_sum, frozen_engine, load_model, setup, train_engine,
-                           train_step)
+from hybrid_engine import (EngineConfig, LanguageModel, RewardModel, all_sum, frozen_engine, load_model, setup,
+                           train_engine, train_step)
 from ranks import run_ranks
 from test_ppo import small_models
 
@@ -45,7 +45,8 @@ def variants(ranks):
     cases["gradient checkpointing"] = dict(stage=0, micro=micro, checkpointing=True)
     cases["ZeRO 3, gradient checkpointing"] = dict(stage=3, micro=micro, checkpointing=True)
     cases["ZeRO 2, optimizer offloaded"] = dict(stage=2, micro=micro, offload={"offload_optimizer": CPU})
-    cases["ZeRO 3, all offloaded"] = dict(stage=3, micro=micro, offload={"offload_optimizer": CPU, "offload_param": CPU})
+    cases["ZeRO 3, all offloaded"] = dict(stage=3, micro=micro,
+                                          offload={"offload_optimizer": CPU, "offload_param": CPU})
     return cases
 
 
@@ -74,9 +75,9 @@ def one_step(folder, stage, micro, checkpointing=False, offload=None):
     sft, pairs, experience = given(tokenizer)
     mine = torch.arange(rank, ROWS, ranks)
     parts = mine.split(micro)
-    common = dict(deepspeed_config=f"{folder}/ds.json", zero_stage=stage, per_device_train_batch_size=micro, max_seq_len=64,
-                  gradient_accumulation_steps=len(parts), gradient_checkpointing=checkpointing, lr_scheduler_type="constant",
-                  max_prompt_seq_len=P, max_answer_seq_len=R)
+    common = dict(deepspeed_config=f"{folder}/ds.json", zero_stage=stage, per_device_train_batch_size=micro,
+                  max_seq_len=64, gradient_accumulation_steps=len(parts), gradient_checkpointing=checkpointing,
+                  lr_scheduler_type="constant", max_prompt_seq_len=P, max_answer_seq_len=R)
     out = {}
 
     def keep(name, engine, loss, norm):
@@ -95,7 +96,8 @@ def one_step(folder, stage, micro, checkpointing=False, offload=None):
 
     config = Config(**common)
     settings = with_offload(config)
-    engine = train_engine(LanguageModel(load_model(f"{folder}/actor", tokenizer, settings, 64)), settings, config, RATE, 10)
+    engine = train_engine(LanguageModel(load_model(f"{folder}/actor", tokenizer, settings, 64)), settings, config,
+                          RATE, 10)
     batches = [{key: value[part] for key, value in sft.items()} for part in parts]
     count, = all_sum(step1_sft.trained_tokens(batches))
     keep("SFT", engine, *train_step(engine, batches, lambda batch: step1_sft.token_nats(engine, batch), count))
@@ -117,7 +119,8 @@ def one_step(folder, stage, micro, checkpointing=False, offload=None):
     advantages = step3_ppo.whiten(experience["advantages"][mine], experience["mask"][mine])
     experience = step3_ppo.Experience(**{**{k: v[mine] for k, v in experience.items()}, "advantages": advantages})
     losses = trainer.train_rlhf(experience)
-    for model, loss, norm in ((engine.actor, losses[0], "ppo/policy/grad_norm"), (engine.critic, losses[1], "ppo/val/grad_norm")):
+    for model, loss, norm in ((engine.actor, losses[0], "ppo/policy/grad_norm"),
+                              (engine.critic, losses[1], "ppo/val/grad_norm")):
         keep("actor" if model is engine.actor else "critic", model, loss / ranks, trainer.metrics[norm])
     for name in ("policy/clipfrac", "policy/approxkl", "val/clipfrac"):
         out[f"ppo {name}"] = torch.tensor(trainer.metrics[f"ppo/{name}"])
@@ -139,7 +142,8 @@ def compare(rank, ranks, folder, expected):
 def reference(process_group, tmp_path_factory):
     folder = tmp_path_factory.mktemp("same_step")
     small_models("opt", folder, load_tokenizer("tiny"))
-    (folder / "ds.json").write_text('{"gradient_clipping": 1.0, "zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    (folder / "ds.json").write_text('{"gradient_clipping": 1.0, '
+                                    '"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
     expected = one_step(folder, **REFERENCE)
     for name in ("SFT", "reward", "actor", "critic"):
         assert expected[f"{name} norm"] > 0.05, (name, expected[f"{name} norm"])
@@ -155,7 +159,9 @@ def test_a_step_is_the_same_step(ranks, reference):
 
 
 def test_zeropp_settings_reach_deepspeed(tmp_path, process_group):
-    """Quantised weights and gradients and a second partition within a node: a CPU cannot run them, but hands them over."""
+    """
+    Quantised weights and gradients and a second partition within a node: a CPU cannot run them, but hands them over.
+    """
     zero = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True, "zero_hpz_partition_size": 8}
     (tmp_path / "ds.json").write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": zero}))
     config = Config(deepspeed_config=str(tmp_path / "ds.json"))

@@ -29,7 +29,9 @@ class Config(EngineConfig, DataConfig):
 
 
 def inputs(folder):
-    """Small OPT and Llama models, toy data in a file, and ZeRO settings under which even the smallest weight is sharded."""
+    """
+    Small OPT and Llama models, toy data in a file, and ZeRO settings under which even the smallest weight is sharded.
+    """
     tokenizer = load_tokenizer("tiny")
     for kind in ("opt", "llama"):
         (folder / kind).mkdir()
@@ -44,7 +46,9 @@ def inputs(folder):
 
 
 def train(rank, ranks, folder):
-    """Every stage as its command line would run it -> output folders in folder/1 or folder/2, by the number of ranks."""
+    """
+    Every stage as its command line would run it -> output folders in folder/1 or folder/2, by the number of ranks.
+    """
     common = dict(data_path=[f"{folder}/rows.jsonl"], deepspeed_config=f"{folder}/ds.json", zero_stage=3 * (ranks > 1),
                   max_steps=2, lr_scheduler_type="constant", max_eval_samples=4, max_seq_len=96, max_prompt_seq_len=80,
                   max_answer_seq_len=10, per_device_train_batch_size=4 // ranks, gradient_accumulation_steps=2)
@@ -78,7 +82,8 @@ def loading(folder, config):
     tiny = load_model("tiny", tokenizer, settings, 64)
     with deepspeed.zero.GatheredParameters(list(tiny.parameters())):
         layer = tiny.model.decoder.layers[1]
-        assert layer.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05) and layer.final_layer_norm.weight.min() == 1
+        assert (layer.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)
+                and layer.final_layer_norm.weight.min() == 1)
 
     tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>"]})
     old = load_file(folder / "opt/actor/model.safetensors")["model.decoder.embed_tokens.weight"]
@@ -123,8 +128,8 @@ def averaging(rank, folder):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(("time/", "tokens_per_second", "memory"))}
-            for line in lines]
+    return [{name: value for name, value in line.items()
+             if not name.startswith(("time/", "tokens_per_second", "memory"))} for line in lines]
 
 
 def test_two_ranks_train_as_one_does(tmp_path, process_group):
@@ -139,18 +144,21 @@ def test_two_ranks_train_as_one_does(tmp_path, process_group):
         assert 2 < metrics(one / "actor")[0]["response/length"] < 10  # ragged
         memory = [json.loads((folder / "actor/metrics.jsonl").read_text().splitlines()[0]) for folder in (one, two)]
         assert memory[1]["memory/weights_aliased_gb"] == 0 < memory[0]["memory/weights_aliased_gb"]
-        whole, half = (m["memory/kv_cache_gb"] for m in memory)  # as many rows on both ranks, each with half of the heads
+        # as many rows on both ranks, each with half of the heads
+        whole, half = (m["memory/kv_cache_gb"] for m in memory)
         assert half == whole / 2
         for section, numbers in json.loads((one / "summary.json").read_text()).items():
             if section in ("sft", "reward", "ppo"):
                 same = {name: value for name, value in numbers.items() if name != "seconds"}
                 found = json.loads((two / "summary.json").read_text())[section]
-                assert found == pytest.approx({**same, "seconds": found["seconds"]}, rel=1e-3, abs=1e-3), (kind, section)
+                assert found == pytest.approx({**same, "seconds": found["seconds"]}, rel=1e-3,
+                                              abs=1e-3), (kind, section)
         assert (kind == "opt") == ({"ppo/loss/ptx", "eval/kl", "eval/win_rate"} <= metrics(one / "actor")[0].keys())
         for name in ("sft", "reward", "dpo/actor", "actor", "critic") + ("actor_ema",) * (kind == "opt"):
             weights = [load_file(folder / name / "model.safetensors") for folder in (one, two)]
             torch.testing.assert_close(weights[1], weights[0], atol=1e-4, rtol=0)
-            start = load_file(tmp_path / kind / ("reward" if name in ("reward", "critic") else "actor") / "model.safetensors")
+            start = load_file(tmp_path / kind / ("reward" if name in ("reward", "critic") else "actor")
+                              / "model.safetensors")
             assert weights[0].keys() == start.keys()  # a tied head is not saved beside its embedding, averaged or not
             moved = max((weights[0][key] - start[key]).abs().max() for key in start)
             assert moved > (1e-5 if name == "actor_ema" else 1e-3), (kind, name)
