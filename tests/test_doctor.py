@@ -4,6 +4,9 @@ The run doctor on histories made by formula: one anomaly at a time is named, its
 
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -110,3 +113,13 @@ def test_a_sentence_is_repeated_only_after_200_steps_and_reads_a_finished_run(tm
 
 def test_gold_is_of_each_answer_to_its_prompt(process_group):
     assert step3_ppo.mean_gold(lambda record, answer: float(record == answer), ["a", "b"], ["a", "x", "b", "b"]) == 0.75
+
+
+def test_the_command(tmp_path):
+    rows = history(ppo__policy__grad_norm=lambda t, noise: 99.0)
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, Path(step3_ppo.__file__).parent / "bench" / "doctor.py", tmp_path / "metrics.jsonl"]
+    said = [subprocess.run([*command, *flags], capture_output=True, text=True, check=True).stdout
+            for flags in ([], ["--gradient_clipping", "0"])]
+    assert "the actor's gradient has been clipped" in said[0] and "120 steps, 1 sentence(s)" in said[0]
+    assert said[1] == "120 steps, no sentence(s)\n"
