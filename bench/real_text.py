@@ -12,7 +12,7 @@ MODELS  stories260K (karpathy/tinyllamas, as a Hugging Face folder)
 Reward models: for each data set a vocabulary is taken from its training text and small random Llamas are made, which
 step2_reward.py trains through its command line. They are tested one by one, and as the sum of their normalised scores,
 which is what step3_ppo.py --reward_fn model1 model2 ... makes of several. The baseline is fitted on the very same
-training pairs and tested on the very same held-out ones (data.load_records; another seed holds out other questions).
+training pairs and tested on the very same held-out ones (data.load_records; each of --seeds holds out a tenth).
 It reads answers alone; so do the reward models of rasbt and hh, by a chat template that leaves the prompt out: with so
 few pairs models of this size learn nothing from it.
 
@@ -97,7 +97,8 @@ def differences(records):
         chosen, rejected = features(record.chosen), features(record.rejected)
         places += [(row, bucket) for bucket in chosen - rejected] + [(row, bucket) for bucket in rejected - chosen]
         values += len(chosen - rejected) * [1.0] + len(rejected - chosen) * [-1.0]
-    return torch.sparse_coo_tensor(torch.tensor(places).T, values, (len(records), BUCKETS)).coalesce()
+    return torch.sparse_coo_tensor(torch.tensor(places).T, values, (len(records), BUCKETS),
+                                   check_invariants=False).coalesce()
 
 
 def baseline_accuracy(train, held, penalty):
@@ -222,6 +223,11 @@ def sadder_part(args, work):
 # -----------------------------------------------------------------------------
 # reward models
 
+def write_pairs(path, records):
+    path.write_text("".join(json.dumps({"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected})
+                            + "\n" for record in records))
+
+
 @torch.no_grad()
 def normalised_margins(folder, records):
     """Chosen minus rejected scores of a reward model, in its standard deviations, (N,); its number of parameters."""
@@ -240,27 +246,31 @@ def accuracy(margins):
 
 
 def reward_part(args, work, name):
-    """Reward models and baselines of one data set, one seed after the other -> table lines."""
+    """Reward models and baselines of one data set, one split after the other -> table lines."""
     source, penalty, flags = {
         "hh": (f"{args.data}/hh_rlhf/harmless-base/test.jsonl.gz", 100, HH_FLAGS),
         "rasbt": (f"{args.data}/rasbt/instruction-data-with-preference.json", 1, RASBT_FLAGS),
         "truthfulqa": (f"{args.data}/truthfulqa/finetune_truth.jsonl.gz", 3, TRUTHFULQA_FLAGS)}[name]
     if name == "truthfulqa":
         source = truthfulqa_pairs(source, work / "truthfulqa.jsonl")
-    lines = ["| seed | training pairs | held-out pairs | baseline | one reward model | their sum | parameters | minutes |",
+    lines = ["| split | training pairs | held-out pairs | baseline | one reward model | their sum | parameters | minutes |",
              "|---:|---:|---:|---:|---:|---:|---:|---:|"]
     rows = []
     for seed in args.seeds:
+        folder = work / f"{name}-{seed}"
+        folder.mkdir(exist_ok=True)
         train_records, held = load_records(DataConfig(data_path=[source], data_split="0,1,0", seed=seed,
                                                       max_eval_samples=10**6), stage=2, log=lambda line: None)
+        write_pairs(folder / "train.jsonl", train_records)  # so that --seed is free to differ from model to model
+        write_pairs(folder / "test.jsonl", held)
         alone, total, parameters, seconds = [], 0, 0, 0
         for member in range(args.models_summed):
-            base, out = work / f"{name}-{seed}-{member}-base", work / f"{name}-{seed}-{member}"
+            base, out = folder / f"base{member}", folder / f"run{member}"
             if not base.exists():
                 make_model(base, train_records, member)
             command, summary = train("step2_reward.py", out, "reward", "--model_name_or_path", base, "--data_path",
-                                     source, "--data_split", "0,1,0", "--max_eval_samples", 10**6, "--max_seq_len",
-                                     1024, "--seed", seed, *flags)
+                                     folder, "--data_split", "0,1,0", "--max_eval_samples", 10**6, "--max_seq_len",
+                                     1024, "--seed", member, *flags)
             margins, size = normalised_margins(out / "reward", held)
             total, parameters, seconds = total + margins, parameters + size, seconds + summary["seconds"]
             alone.append(summary["accuracy"])
@@ -271,9 +281,9 @@ def reward_part(args, work, name):
     lines.append("| mean | | | " + " | ".join(f"{statistics.mean(column):.3f}" for column in zip(*rows)) + " | | |")
     if len(rows) > 1:
         ours = [total - baseline for baseline, _, total in rows]
-        lines += ["", f"The sum minus the baseline: {statistics.mean(ours):+.3f}, standard error over seeds "
+        lines += ["", f"The sum minus the baseline: {statistics.mean(ours):+.3f}, standard error over splits "
                   f"{statistics.stdev(ours) / len(ours) ** 0.5:.3f}; above it on {sum(x > 0 for x in ours)} of "
-                  f"{len(ours)} seeds."]
+                  f"{len(ours)} splits."]
     return lines + ["", f"`{command}`"]
 
 
@@ -322,8 +332,8 @@ def main():
     parser.add_argument("data")
     parser.add_argument("models")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[2, 3, 4], help="of the held-out questions")
-    parser.add_argument("--models_summed", type=int, default=7, help="reward models of one seed")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[2, 3, 4], help="of the splits into training and held-out questions")
+    parser.add_argument("--models_summed", type=int, default=7, help="reward models of one split")
     parser.add_argument("--samples", type=int, default=16, help="stories to each held-out opening")
     parser.add_argument("--work", type=Path, help="keep the models here; default: a temporary folder")
     args = parser.parse_args()
