@@ -2,7 +2,7 @@
 Real text: small reward models beside a word-level baseline, and PPO that makes stories sadder.
 
     OMP_NUM_THREADS=1 python bench/real_text.py DATA MODELS                        # all parts, one CPU core
-    OMP_NUM_THREADS=1 python bench/real_text.py DATA MODELS --only rasbt --seeds 2 3 4 --work runs
+    OMP_NUM_THREADS=1 python bench/real_text.py DATA MODELS --only rasbt --seeds 31 32 --work runs
 
 DATA    hh_rlhf/harmless-base/test.jsonl.gz (anthropics/hh-rlhf), truthfulqa/finetune_truth.jsonl.gz
         (sylinrl/TruthfulQA), rasbt/instruction-data-with-preference.json (rasbt/LLMs-from-scratch),
@@ -14,7 +14,8 @@ step2_reward.py trains through its command line. They are tested one by one, and
 which is what step3_ppo.py --reward_fn model1 model2 ... makes of several. The baseline is fitted on the very same
 training pairs and tested on the very same held-out ones (data.load_records; each of --seeds holds out a tenth).
 It reads answers alone; so do the reward models of rasbt and hh, by a chat template that leaves the prompt out: with so
-few pairs models of this size learn nothing from it.
+few pairs models of this size learn nothing from it. All templates begin with 40 full stops. Attention takes means, and
+what two answers share cancels between them only in sums; beside 40 words that are always there a mean is nearly one.
 
 Stories: step3_ppo.py trains stories260K with bench/sad_reward.py as its reward. Before and after, samples on held-out
 openings are scored, and read by the untouched model: its perplexity of them says whether they are still stories.
@@ -290,13 +291,13 @@ def reward_part(args, work, name):
 # -----------------------------------------------------------------------------
 # all parts
 
-ANSWER_ALONE = "{{ bos_token }}{% if messages[-1].role == 'assistant' %}{{ messages[-1].content }}{% endif %}"
-RASBT_FLAGS = ("--learning_rate 3e-4 --num_warmup_steps 20 --num_train_epochs 3 "
-               "--per_device_train_batch_size 8 --chat_template").split() + [ANSWER_ALONE]
-TRUTHFULQA_FLAGS = ("--learning_rate 3e-4 --num_warmup_steps 20 --num_train_epochs 1 "
-                    "--per_device_train_batch_size 32").split()
-HH_FLAGS = ("--learning_rate 3e-4 --num_warmup_steps 20 --num_train_epochs 2 "
-            "--per_device_train_batch_size 8 --chat_template").split() + [ANSWER_ALONE]
+EVEN = "{{ bos_token }}{{ '. ' * 40 }}"
+ANSWER_ALONE = EVEN + "{% if messages[-1].role == 'assistant' %}{{ messages[-1].content }}{% endif %}"
+RECIPE = "--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs {} --per_device_train_batch_size {}"
+RASBT_FLAGS = [*RECIPE.format(3, 8).split(), "--chat_template", ANSWER_ALONE]
+HH_FLAGS = [*RECIPE.format(2, 8).split(), "--chat_template", ANSWER_ALONE]
+TRUTHFULQA_FLAGS = [*RECIPE.format(1, 32).split(), "--chat_template",
+                    EVEN + "{% for message in messages %}{{ message.content }} : {% endfor %}"]
 PPO_FLAGS = ("--max_prompt_seq_len 64 --max_answer_seq_len 64 --per_device_generation_batch_size 32 "
              "--per_device_train_batch_size 16 --ppo_epochs 2 --max_steps 40 --actor_learning_rate 1.5e-4 "
              "--critic_learning_rate 1e-3 --num_warmup_steps 5 --kl_coef 0.05").split()
@@ -332,8 +333,8 @@ def main():
     parser.add_argument("data")
     parser.add_argument("models")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[2, 3, 4], help="of the splits into training and held-out questions")
-    parser.add_argument("--models_summed", type=int, default=7, help="reward models of one split")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23], help="of the splits into training and held-out questions")
+    parser.add_argument("--models_summed", type=int, default=4, help="reward models of one split")
     parser.add_argument("--samples", type=int, default=16, help="stories to each held-out opening")
     parser.add_argument("--work", type=Path, help="keep the models here; default: a temporary folder")
     args = parser.parse_args()
