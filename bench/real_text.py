@@ -297,7 +297,7 @@ RECIPE = "--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs {} --per
 RASBT_FLAGS = [*RECIPE.format(3, 8).split(), "--chat_template", ANSWER_ALONE]
 HH_FLAGS = [*RECIPE.format(2, 8).split(), "--chat_template", ANSWER_ALONE]
 TRUTHFULQA_FLAGS = [*RECIPE.format(1, 32).split(), "--chat_template",
-                    EVEN + "{% for message in messages %}{{ message.content }} : {% endfor %}"]
+                    "{{ bos_token * 40 }}{% for message in messages %}{{ message.content }}{{ bos_token }}{% endfor %}"]
 PPO_FLAGS = ("--max_prompt_seq_len 64 --max_answer_seq_len 64 --per_device_generation_batch_size 32 "
              "--per_device_train_batch_size 16 --ppo_epochs 2 --max_steps 40 --actor_learning_rate 1.5e-4 "
              "--critic_learning_rate 1e-3 --num_warmup_steps 5 --kl_coef 0.05").split()
