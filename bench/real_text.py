@@ -254,7 +254,8 @@ def reward_part(args, work, name):
         "truthfulqa": (f"{args.data}/truthfulqa/finetune_truth.jsonl.gz", 3, TRUTHFULQA_FLAGS)}[name]
     if name == "truthfulqa":
         source = truthfulqa_pairs(source, work / "truthfulqa.jsonl")
-    lines = ["| split | training pairs | held-out pairs | baseline | one reward model | their sum | parameters | minutes |",
+    lines = ["| split | training pairs | held-out pairs | baseline | one reward model | their sum | parameters | "
+             "minutes |",
              "|---:|---:|---:|---:|---:|---:|---:|---:|"]
     rows = []
     for seed in args.seeds:
@@ -333,7 +334,8 @@ def main():
     parser.add_argument("data")
     parser.add_argument("models")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23], help="of the splits into training and held-out questions")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23],
+                        help="of the splits into training and held-out questions")
     parser.add_argument("--models_summed", type=int, default=4, help="reward models of one split")
     parser.add_argument("--samples", type=int, default=16, help="stories to each held-out opening")
     parser.add_argument("--work", type=Path, help="keep the models here; default: a temporary folder")
