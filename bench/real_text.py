@@ -14,8 +14,8 @@ step2_reward.py trains through its command line. They are tested one by one, and
 which is what step3_ppo.py --reward_fn model1 model2 ... makes of several. The baseline is fitted on the very same
 training pairs and tested on the very same held-out ones (data.load_records; each of --seeds holds out a tenth).
 It reads answers alone; so do the reward models of rasbt and hh, by a chat template that leaves the prompt out: with so
-few pairs models of this size learn nothing from it. All templates begin with 40 full stops. Attention takes means, and
-what two answers share cancels between them only in sums; beside 40 words that are always there a mean is nearly one.
+few pairs models of this size do no better with it. All templates begin with 40 tokens that are always the same: what
+two answers share cancels between them only in sums, attention takes means, and beside 40 constants a mean is nearly one.
 
 Stories: step3_ppo.py trains stories260K with bench/sad_reward.py as its reward. Before and after, samples on held-out
 openings are scored, and read by the untouched model: its perplexity of them says whether they are still stories.
@@ -104,8 +104,8 @@ def differences(records):
 
 def baseline_accuracy(train, held, penalty):
     """
-    Held-out accuracy of logistic regression on the differences with an L2 penalty on the weights; no
-    intercept, since swapped answers must swap the verdict. Presence serves better than counts or their logarithms.
+    Held-out accuracy of logistic regression on the differences with an L2 penalty on the weights; no intercept, since
+    swapped answers must swap the verdict. Presence serves better than counts or their logarithms.
     """
     x, weights = differences(train), torch.zeros(BUCKETS, 1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
@@ -225,6 +225,7 @@ def sadder_part(args, work):
 # reward models
 
 def write_pairs(path, records):
+    """A file that --data_path reads the same records from."""
     path.write_text("".join(json.dumps({"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected})
                             + "\n" for record in records))
 

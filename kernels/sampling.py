@@ -104,8 +104,7 @@ def _keep_likeliest(probs, scratch, top_k, top_p):
         target = (1 - top_p) * probs.sum(1).double().numpy()
         window, tokens, sums = _around_top_p(probs, scratch, sample, target)
     if top_p < 1:  # the edge is the first value, ascending, at which the sum exceeds the target
-        place = np.array([np.searchsorted(row, mass, "right") for row, mass in zip(sums, target)])
-        place = np.minimum(place, window.shape[1] - 1)  # at least one stays, whatever the rounding
+        place = np.minimum(_first_above(sums, target), window.shape[1] - 1)  # one stays, whatever the rounding
         edge = window[np.arange(len(window)), place]
         for row, value, ascending, n, ids in zip(values, edge, window, place, tokens):
             if n and ascending[n - 1] == value:  # equals before it, which are to go
@@ -118,7 +117,7 @@ def _sorted(values, mask):
     """The masked of values (B, V), sorted: (B, n), shorter rows after zeros. And their tokens, ascending: B arrays."""
     places, firsts = np.flatnonzero(mask), values.shape[1] * np.arange(len(values))
     tokens = np.split(places, np.searchsorted(places, firsts[1:]))
-    window = np.zeros((len(values), max(map(len, tokens))), dtype=values.dtype)
+    window = np.zeros((len(values), max(1, *map(len, tokens))), dtype=values.dtype)
     for i, first in enumerate(firsts):
         tokens[i] -= first
         window[i, :len(tokens[i])] = values[i, tokens[i]]
@@ -138,6 +137,11 @@ def _k_likeliest(values, scratch, sample, top_k):
     return window, tokens
 
 
+def _first_above(sums, target):
+    """The first place in each row of ascending sums (B, n) that exceeds target (B,), both float64; n if none does."""
+    return torch.searchsorted(torch.from_numpy(sums), torch.from_numpy(target)[:, None], right=True)[:, 0].numpy()
+
+
 def _masks(scratch):
     """Two boolean (B, V) in the memory of scratch (B, V) float32."""
     return scratch.numpy().view(bool).reshape(4, *scratch.shape)[:2]
@@ -149,9 +153,8 @@ def _around_top_p(probs, scratch, sample, target):
     to each of them, (B, n) float64.
     """
     values, rows, last = probs.numpy(), np.arange(len(probs)), sample.shape[1] - 1
-    sums = torch.from_numpy(sample[:, :-1]).cumsum(1, dtype=torch.float64)
-    place = torch.searchsorted(sums, torch.from_numpy(target / STRIDE)[:, None], right=True)[:, 0].numpy()
-    guess = sample[rows, np.minimum(place, last - 1)]
+    sums = torch.from_numpy(sample[:, :-1]).cumsum(1, dtype=torch.float64).numpy()
+    guess = sample[rows, np.minimum(_first_above(sums, target / STRIDE), last - 1)]
     place = (sample < guess[:, None]).sum(1)  # the first of equals
     # the sum below the guess: minima with it, less the guess for each value not below it
     minima = torch.clamp(probs, max=torch.from_numpy(guess)[:, None], out=scratch).sum(1).double().numpy()
@@ -196,7 +199,7 @@ def _sample_cpu(logits, uniform, temperature, top_k, top_p):
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
-    if top_k > 0 or top_p < 1:
+    if 0 < top_k < V or top_p < 1:
         _keep_likeliest(probs, scratch, top_k, top_p)
     tokens, total = _invert(probs, uniform)
     return tokens, (probs.gather(1, tokens[:, None]).squeeze(1) / total).log().float()

@@ -118,6 +118,16 @@ def test_tied_logits_and_tiny_top_p():
     assert tokens.tolist() == [0] and logprobs.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("options", [dict(top_k=300), dict(top_k=500), dict(top_p=1 - 6e-8)], ids=str)
+def test_options_that_keep_everything(options):
+    """top_k of the whole vocabulary or more, and a top_p that rounding alone sets apart from 1, on equal logits."""
+    uniform = (torch.arange(5, device=DEVICE) + 0.4517) / 5
+    for rows in (slice(None), slice(3, 4)):
+        tokens, logprobs = sample(torch.zeros(5, 300, device=DEVICE)[rows], uniform[rows], **options)
+        assert tokens.tolist() == [27, 87, 147, 207, 267][rows]
+        torch.testing.assert_close(logprobs.cpu(), torch.full((5,), 1 / 300).log()[rows], atol=1e-5, rtol=0)
+
+
 def test_same_uniform_same_token_in_any_batch():
     torch.manual_seed(4)
     logits, uniform = torch.randn(8, 999, device=DEVICE), torch.rand(8, device=DEVICE)
