@@ -42,7 +42,7 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
 
@@ -375,6 +375,7 @@ def load_records(config, stage, log=print):
         raise UsageError(f"--data_weights has {len(weights)} entries for {len(config.data_path)} sources; "
                          "one number >= 0 a source is needed.")
     usable = {1: lambda r: bool(r.chosen), 2: lambda r: r.rejected is not None, 3: lambda r: True}[stage]
+    needs = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}[stage]
     train, held, held_questions = [], [], set()
     for source, weight in zip(config.data_path, weights):
         rows, test_rows = read_source(source)
@@ -382,8 +383,7 @@ def load_records(config, stage, log=print):
             raise UsageError(f"{source} is empty: it holds no rows to train on.")
         records, _ = to_records(rows, source)
         able = sum(map(usable, records))
-        if len({questions(r)[-1] for r in records if usable(r)}) < 2:
-            needs = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}[stage]
+        if len({questions(r)[-1] for r in records if usable(r)}) < 2 and len(config.data_path) == 1:
             raise UsageError(f"{source}: {able} of {len(rows)} rows have {needs}, which this stage needs; "
                              "two different prompts at least are needed, since one in ten is held out.")
         # all rows are dealt, then those that the stage cannot use go: which rows are whose must not depend on the stage
@@ -406,6 +406,9 @@ def load_records(config, stage, log=print):
     if overlap:  # two sources, or a train and a test file, that share questions
         train = [r for r in train if held_questions.isdisjoint(questions(r))]
         log(f"data: {len(overlap)} rows left out, whose questions another source holds out")
+    if not held:
+        raise UsageError(f"{', '.join(config.data_path)}: none of the held-out rows has {needs}, which this stage is "
+                         "tested on.")
     if not train:
         raise UsageError(f"--data_split {config.data_split} leaves no rows for stage {stage} of "
                          f"{', '.join(config.data_path)}.")
@@ -453,19 +456,25 @@ def load_tokenizer(name_or_path, chat_template=""):
         tokenizer.chat_template = Path(chat_template).read_text() if os.path.isfile(chat_template) else chat_template
         if "{" not in tokenizer.chat_template:
             raise UsageError(f"--chat_template {chat_template} is neither a file that exists nor Jinja text.")
-        try:
-            encode_prompts(tokenizer, [[{"role": "user", "content": "Hello!"}]])
-        except jinja2.TemplateError as error:
-            raise UsageError(f"--chat_template: this chat template cannot be rendered: {error}") from error
+        encode_prompts(tokenizer, [[{"role": "user", "content": "Hello!"}]])
     elif tokenizer.chat_template is None:
         begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # OPT and LLaMA start every text with BOS
         tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ bos }}", "{{ bos_token }}" if begins else "")
     return tokenizer
 
 
+def render(tokenizer, dialogues, open_answer=False):
+    """List of message lists -> texts by the chat template; open_answer: with the words that open the next answer."""
+    try:
+        return tokenizer.apply_chat_template(dialogues, tokenize=False, add_generation_prompt=open_answer)
+    except jinja2.TemplateError as error:
+        raise UsageError(f"the chat template cannot render a dialogue: {error}. Give another by --chat_template, "
+                         "or leave out what it refuses (system messages, say, or two answers in a row).") from error
+
+
 def encode_prompts(tokenizer, prompts):
     """List of message lists -> (texts, ids), each up to and including the words that open the assistant's turn."""
-    texts = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+    texts = render(tokenizer, prompts, open_answer=True)
     return texts, tokenizer(texts, add_special_tokens=False).input_ids
 
 
@@ -477,7 +486,7 @@ def encode_answers(tokenizer, prompts, answers):
     """
     dialogues = [prompt + [{"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers)]
     prompt_texts, prompt_ids = encode_prompts(tokenizer, prompts)
-    full_texts = [text.rstrip() for text in tokenizer.apply_chat_template(dialogues, tokenize=False)]
+    full_texts = [text.rstrip() for text in render(tokenizer, dialogues)]
     full_ids = tokenizer(full_texts, add_special_tokens=False).input_ids
     encoded = []
     for prompt_text, prompt, full_text, full in zip(prompt_texts, prompt_ids, full_texts, full_ids):
@@ -494,9 +503,9 @@ def encode_answers(tokenizer, prompts, answers):
     return encoded
 
 
-class EncodedDataset(Dataset):
+def encode_records(records, tokenizer, stage, max_len, log=print):
     """
-    Records encoded once, 4 bytes a token. Items are dicts, their ids int32 arrays:
+    Records -> list of items, dicts whose ids are int32 arrays, 4 bytes a token:
 
     stage 1  input_ids, prompt_len    prompt + chosen + EOS
     stage 2  chosen, rejected         prompt + answer + EOS each; prompt_len
@@ -504,45 +513,35 @@ class EncodedDataset(Dataset):
 
     Answers that do not fit max_len are cut (and lose their EOS: what was cut does not end there); prompts that leave no
     room for an answer, or are longer than max_len in stage 3, are dropped. Both are counted and said.
+
+    raises UsageError if nothing is left
     """
-
-    def __init__(self, records, tokenizer, stage, max_len, log=print):
-        self.items, self.dropped, self.cut = [], 0, 0
-        for start in tqdm(range(0, len(records), 1000), desc=f"encoding for stage {stage}, thousands of rows",
-                          disable=len(records) < 50_000):
-            chunk = records[start:start + 1000]
-            prompts = [record.prompt for record in chunk]
-            if stage == 3:
-                for record, ids in zip(chunk, encode_prompts(tokenizer, prompts)[1]):
-                    self._add(len(ids) <= max_len, {"input_ids": ids}, max_len, record=record)
-                continue
-            chosen = encode_answers(tokenizer, prompts, [record.chosen for record in chunk])
-            if stage == 1:
-                for prompt, answer in chosen:
-                    self._add(len(prompt) < max_len, {"input_ids": prompt + answer}, max_len, prompt_len=len(prompt))
-                continue
-            rejected = encode_answers(tokenizer, prompts, [record.rejected for record in chunk])
-            for (prompt, better), (_, worse) in zip(chosen, rejected):
-                self._add(len(prompt) < max_len, {"chosen": prompt + better, "rejected": prompt + worse}, max_len,
-                          prompt_len=len(prompt))
-        limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
-        log(f"data: {len(self.items)} examples encoded; {self.dropped} dropped (prompt over {limit} {max_len}), "
-            f"{self.cut} with answers cut to fit")
-        if not self.items:
-            raise UsageError(f"all {self.dropped} prompts are longer than {limit} {max_len} allows; raise it, or "
-                             "shorten the prompts.")
-
-    def _add(self, fits, sequences, max_len, **others):
-        self.dropped += not fits
-        if fits:
-            self.cut += any(len(ids) > max_len for ids in sequences.values())
-            self.items.append({name: np.array(ids[:max_len], np.int32) for name, ids in sequences.items()} | others)
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
+    items, cut = [], 0
+    for start in tqdm(range(0, len(records), 1000), desc=f"encoding for stage {stage}, thousands of rows",
+                      disable=len(records) < 50_000):
+        chunk = records[start:start + 1000]
+        prompts = [record.prompt for record in chunk]
+        if stage == 3:
+            encoded = [({"input_ids": ids}, {"record": record}, len(ids) <= max_len)
+                       for record, ids in zip(chunk, encode_prompts(tokenizer, prompts)[1])]
+        else:
+            answers = {"input_ids" if stage == 1 else "chosen": [record.chosen for record in chunk]}
+            if stage == 2:
+                answers["rejected"] = [record.rejected for record in chunk]
+            columns = [encode_answers(tokenizer, prompts, texts) for texts in answers.values()]
+            encoded = [({name: prompt + answer for name, (prompt, answer) in zip(answers, row)},
+                        {"prompt_len": len(row[0][0])}, len(row[0][0]) < max_len) for row in zip(*columns)]
+        for sequences, others, fits in encoded:
+            if fits:
+                cut += any(len(ids) > max_len for ids in sequences.values())
+                items.append({name: np.array(ids[:max_len], np.int32) for name, ids in sequences.items()} | others)
+    limit, dropped = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len", len(records) - len(items)
+    log(f"data: {len(items)} examples encoded; {dropped} dropped (prompt over {limit} {max_len}), {cut} with answers "
+        "cut to fit")
+    if not items:
+        raise UsageError(f"all {dropped} prompts are longer than {limit} {max_len} allows; raise it, or shorten the "
+                         "prompts.")
+    return items
 
 
 def encode_text(sources, tokenizer, length, log=print):
@@ -673,22 +672,6 @@ def decode_answers(tokenizer, rollout):
     responses = rollout.tokens[:, -rollout.mask.size(1):]
     return [tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip()
             for ids, mask in zip(responses.cpu(), rollout.mask.cpu())]
-
-
-def answer_prompts(generate, tokenizer, records, config, rank=0, world_size=1, batch_size=64):
-    """
-    Has a model answer: list of records -> list of (record, answer text), prompts over max_prompt_seq_len left out.
-    `generate` is a function (input_ids, attention_mask) -> Rollout, which every rank calls equally often: under ZeRO 3
-    it gathers weights.
-    """
-    dataset = EncodedDataset(records, tokenizer, 3, config.max_prompt_seq_len, log=lambda line: None)
-    items = rank_share(dataset.items, rank, world_size)
-    collate, answered = Collator(3, tokenizer.pad_token_id), []
-    for start in range(0, len(items), batch_size):
-        batch = collate(items[start:start + batch_size])
-        rollout = generate(batch["input_ids"], batch["attention_mask"])
-        answered += zip(batch["records"], decode_answers(tokenizer, rollout))
-    return answered
 
 
 # -----------------------------------------------------------------------------
@@ -854,9 +837,13 @@ def main():
     config = parse_config(Config, __doc__)
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     for stage, name in ((1, "SFT"), (2, "reward model"), (3, "PPO")):
-        records, held = load_records(config, stage)
+        try:
+            records, held = load_records(config, stage)
+        except UsageError as error:
+            print(f"\n=== stage {stage}, {name}: {error}")
+            continue
         longest = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
-        dataset = EncodedDataset(records[:1000], tokenizer, stage, longest)
+        dataset = encode_records(records[:1000], tokenizer, stage, longest)
         item = dataset[0]
         print(f"\n=== stage {stage}, {name}: {len(records)} rows to train on, {len(held)} held out. "
               "The first, [[trained on]]:")

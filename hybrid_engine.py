@@ -39,6 +39,7 @@ import zlib
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import deepspeed
 import numpy as np
@@ -54,7 +55,8 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
-from data import UsageError, first_line, flag, one_sentence, parse_config
+from data import (Collator, UsageError, decode_answers, encode_prompts, first_line, flag, gold_scorer, one_sentence,
+                  parse_config, rank_share)
 from kernels.decoder import FAMILIES, Decoder, KVCache, why_unsupported
 from kernels.logprob import linear_logprobs, token_logprobs
 from kernels.sampling import sample
@@ -74,7 +76,8 @@ class EngineConfig:
     per_device_train_batch_size: int = flag(8, "rows in one forward and backward")
     gradient_accumulation_steps: int = flag(1, "such micro-batches in one optimizer step")
     weight_decay: float = flag(0.0, "of matrices; biases and norms have none")
-    lr_scheduler_type: str = flag("cosine", "a name that transformers.get_scheduler knows")
+    lr_scheduler_type: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
+                               "constant_with_warmup", "inverse_sqrt"] = flag("cosine", "transformers' of that name")
     num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up")
     num_train_epochs: int = flag(1, "passes over this stage's rows")
     max_steps: int = flag(-1, "steps of the run, the rows repeated as needed; -1: as many as the epochs have")
@@ -99,7 +102,7 @@ def run_stage(main, config_class, doc):
         with one_sentence():
             config = parse_config(config_class, doc)
             check_flags(config)
-            check_stages_before(config)
+            find_stages_before(config)
             main(config)
             if dist.is_initialized():
                 dist.barrier()  # all end together: `watch_hosts` takes one that is gone for lost
@@ -240,24 +243,24 @@ def check_flags(config):
                          "nothing from greedy answers).")
     if not 0 < flags.get("top_p", 1) <= 1:
         raise UsageError(f"--top_p {config.top_p}: a share of the probability is needed, over 0 and at most 1.")
-    schedules = [kind.value for kind in transformers.SchedulerType]
-    if config.lr_scheduler_type not in schedules:
-        raise UsageError(f"--lr_scheduler_type {config.lr_scheduler_type} is unknown; transformers has "
-                         f"{', '.join(schedules)}.")
     if config.lora_dim < 0 or config.only_optimize_lora and config.lora_dim == 0:
         raise UsageError("--only_optimize_lora and LoRA need --lora_dim 1 or more, the rank of the adapters.")
     if any(path.exists() and not path.is_dir() for path in (Path(config.output_dir), *Path(config.output_dir).parents)):
         raise UsageError(f"--output_dir {config.output_dir}: a folder is needed, and a file of that name exists.")
 
 
-def check_stages_before(config):
-    """Raises UsageError where a stage is to start from what an earlier one writes, and that is not there yet."""
-    for field in dataclasses.fields(config):
-        name, value = field.name, getattr(config, field.name)
-        spared = name.startswith("critic") and getattr(config, "reward_fn", None)  # then the actor's model does
-        if name.endswith("model_name_or_path") and value == field.default and value != "tiny" and not spared:
-            if not Path(value).exists():
-                raise UsageError(f"--{name} {value}: there is no such folder yet; the stage before this one writes it "
+def find_stages_before(config):
+    """
+    Fills in where a stage starts from, unless a flag says it: what the one before wrote below the same --output_dir.
+    Raises UsageError where that is not there yet.
+    """
+    for name, value in vars(config).items():
+        if name.endswith("model_name_or_path") and not value:
+            folder = Path(config.output_dir) / ("reward" if name.startswith("critic") else "sft")
+            if folder.exists():
+                setattr(config, name, str(folder))
+            elif not (name.startswith("critic") and config.reward_fn):  # then the critic starts from the actor's model
+                raise UsageError(f"--{name} {folder}: there is no such folder yet; the stage before this one writes it "
                                  "(bash run_all.sh runs all three). Or name another model.")
 
 
@@ -368,8 +371,9 @@ def write_json(path, value):
 STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}  # section of summary.json -> folder
 
 
-def write_summary(config, section, values, model, **others):
+def write_summary(checkpoints, values, model, **others):
     """Puts a stage's headline numbers, and `others`, into output_dir/summary.json beside those of earlier stages."""
+    config, section = checkpoints.config, checkpoints.section
     if dist.get_rank() != 0:
         return {}
     path = Path(config.output_dir) / "summary.json"
@@ -383,7 +387,7 @@ def write_summary(config, section, values, model, **others):
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
     write_json(path, summary)
     os.sync()  # the model is on the disk before the file by which --resume knows that it is done
-    write_json(Path(config.output_dir) / STAGES[section] / "run_config.json", resolved_config(config, section))
+    write_json(checkpoints.folder / "run_config.json", checkpoints.resolved)
     return summary
 
 
@@ -469,11 +473,15 @@ class RewardModel(nn.Module):
     """
     A Hugging Face sequence classification model read at every position: the critic needs V(s_t) for all t, the reward
     model the last. The saved folder is the inner model's, so AutoModelForSequenceClassification gives the same score.
+
+    normalise  values are (score - score_mean) / score_std with the numbers that step 2 left in config.json
     """
 
-    def __init__(self, model):
+    def __init__(self, model, normalise=False):
         super().__init__()
         self.model, self.config = model, model.config
+        self.mean = getattr(model.config, "score_mean", 0.0) if normalise else 0.0
+        self.std = max(getattr(model.config, "score_std", 1.0), 1e-6) if normalise else 1.0
         self.trunk_arguments = set(inspect.signature(model.base_model.forward).parameters)
 
     def forward(self, input_ids, attention_mask):
@@ -481,7 +489,7 @@ class RewardModel(nn.Module):
         positions = {"position_ids": position_ids(attention_mask)} if "position_ids" in self.trunk_arguments else {}
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
         hidden = self.model.base_model(**inputs)[0]
-        return self.model.score(hidden).squeeze(-1).float()
+        return (self.model.score(hidden).squeeze(-1).float() - self.mean) / self.std
 
 
 class LanguageModel(nn.Module):
@@ -548,7 +556,7 @@ def save_model(engine, tokenizer, folder, averages=None):
         # a tied head has no average of its own, and saved beside the embedding's it would come loose from it
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tied = names - dict(model.named_parameters()).keys()
-        state = {name: averages.get(name, tensor).to(tensor.dtype)
+        state = {name: averages.get(name, tensor).to(tensor)
                  for name, tensor in state.items() if name not in tied}
     if dist.get_rank() == 0:
         folder, staging = Path(folder), Path(folder) / ".saving"
@@ -562,11 +570,8 @@ def save_model(engine, tokenizer, folder, averages=None):
         if adapters and trained <= {"score.weight"}:
             save_adapter(adapters, {name: state[name] for name in trained}, model, staging / "adapter")
         old = set(folder.glob("model*.safetensors*")) - {folder / new.name for new in staging.iterdir()}
-        if not adapters:
-            shutil.rmtree(folder / "adapter", ignore_errors=True)  # an earlier run's
+        shutil.rmtree(folder / "adapter", ignore_errors=True)  # an earlier run's
         for new in sorted(staging.iterdir(), key=lambda file: file.name == "config.json"):  # it makes a model of it
-            if new.is_dir():
-                shutil.rmtree(folder / new.name, ignore_errors=True)
             os.replace(new, folder / new.name)
         for file in old:
             file.unlink()
@@ -626,6 +631,9 @@ def add_lora(model, config):
                 alpha = config.lora_alpha or 2 * config.lora_dim
                 setattr(parent, child_name, LoRALinear(child, config.lora_dim, alpha))
                 wrapped += 1
+    if isinstance(model.get_output_embeddings(), LoRALinear):
+        raise UsageError(f"--lora_module_name {config.lora_module_name} is in the name of the head, which takes no "
+                         "adapter; name linear layers of the blocks.")
     if not wrapped:
         raise UsageError(f"--lora_module_name {config.lora_module_name} is in no linear layer's name; this model has, "
                          "for example, "
@@ -788,7 +796,7 @@ def to_device(batch):
 ANY_VALUE = {  # flags that may change when a run is resumed, or that count through what resolved_config derives
     "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size", "gradient_accumulation_steps",
     "per_device_generation_batch_size", "inference_tp_size", "logging_steps", "save_steps", "save_total_limit",
-    "resume", "skip_preflight", "device_tflops", "device_price"}
+    "gradient_checkpointing", "resume", "skip_preflight", "device_tflops", "device_price"}
 
 
 def resolved_config(config, section):
@@ -841,6 +849,19 @@ def on_rank0(function):
     return result[0]
 
 
+@contextmanager
+def on_any_rank():
+    """Inside, what each rank does for itself: a UsageError of one is raised on all of them."""
+    error, errors = None, [None] * dist.get_world_size()
+    try:
+        yield
+    except UsageError as raised:
+        error = raised
+    dist.all_gather_object(errors, error)
+    for error in filter(None, errors):
+        raise error
+
+
 class DurableWriter(TorchCheckpointEngine):
     """
     Writes DeepSpeed's files so that they are on the disk when `save` returns; `files` has their sizes. An error is kept
@@ -876,12 +897,13 @@ class Checkpoints:
         """Looks for what --resume goes on from; raises UsageError where other flags made it."""
         self.config, self.section, self.folder = config, section, Path(config.output_dir) / STAGES[section]
         self.began, self.terminated, self.runner = time.time(), False, None
+        self.resolved = resolved_config(config, section)  # now: files that change while it runs are not what it read
         self.finished, self.manifest = on_rank0(self._find)
         self.done, self.seconds = (self.manifest["step"], self.manifest["seconds"]) if self.manifest else (0, 0.0)
 
     def _find(self):
         """Rank 0 -> (finished, manifest of the newest complete checkpoint or None)."""
-        now, resume = resolved_config(self.config, self.section), self.config.resume
+        now, resume = self.resolved, self.config.resume
         record, summary = self.folder / "run_config.json", self.folder.parent / "summary.json"
         if resume and record.exists() and summary.exists() and self.section in json.loads(summary.read_text()):
             changed = changed_flag(json.loads(record.read_text()), now)
@@ -1014,7 +1036,7 @@ class Checkpoints:
             files["metrics.jsonl"] = (temporary / "metrics.jsonl").stat().st_size
             write_json(temporary / "manifest.json", {
                 "step": step, "processes": dist.get_world_size(), "seconds": self.seconds + time.time() - self.began,
-                "files": files, "config": resolved_config(self.config, self.section)})
+                "files": files, "config": self.resolved})
             for name in [*files, "manifest.json", ""]:
                 sync(temporary / name)  # fails for a file that another host wrote to a folder of its own
             shutil.rmtree(final, ignore_errors=True)  # an incomplete or an earlier run's
@@ -1067,6 +1089,33 @@ class Rollout:
     tokens: torch.Tensor    # (B, P + R) int64: prompts as given, left-padded; responses, right-padded with pad_token_id
     logprobs: torch.Tensor  # (B, R) float32, nats, under the distribution sampled from (greedy: at temperature 1)
     mask: torch.Tensor      # (B, R) float32: 1 on response tokens up to and including EOS, 0 after
+
+
+def sample_answers(model, tokenizer, records, config, batch_size=64):
+    """
+    Has a language model answer held-out prompts, prints three of them -> mean over all ranks of the task's exact marks,
+    None where it has none; then three prompts do. Prompts over --max_prompt_seq_len are left out. Collective.
+    """
+    scorer, rank = gold_scorer(config), dist.get_rank()
+    records = records if scorer else records[:3]
+    ids = encode_prompts(tokenizer, [record.prompt for record in records])[1]
+    items = [{"input_ids": row, "record": record} for row, record in zip(ids, records)
+             if len(row) <= config.max_prompt_seq_len]
+    items = rank_share(items, rank, dist.get_world_size())
+    engine, collate, answered = InferenceEngine(model), Collator(3, tokenizer.pad_token_id), []
+    for start in range(0, len(items), batch_size):
+        batch = collate(items[start:start + batch_size])
+        inputs = to_device(batch)
+        rollout = engine.generate(inputs["input_ids"], inputs["attention_mask"], config.max_answer_seq_len,
+                                  seed=config.seed + rank, eos_token_id=model.generation_config.eos_token_id,
+                                  pad_token_id=tokenizer.pad_token_id)
+        answered += zip(batch["records"], decode_answers(tokenizer, rollout))
+    print_answers(answered)
+    return mean([scorer(record, answer) for record, answer in answered]) if scorer else None
+
+
+def print_answers(answered):
+    print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
 
 
 class InferenceEngine:
@@ -1212,6 +1261,7 @@ class InferenceEngine:
         """The same through Hugging Face `generate`, for a model that the decoder cannot run."""
         training, greedy = self.model.training, sampling["temperature"] == 0
         options = dict(do_sample=False) if greedy else dict(do_sample=True, num_return_sequences=copies, **sampling)
+        sharded = any(hasattr(p, "ds_id") for p in self.model.parameters())  # ZeRO 3: all ranks gather, or none
         try:
             self.model.eval()
             with torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
@@ -1219,7 +1269,7 @@ class InferenceEngine:
                 out = self.model.generate(
                     ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos.tolist() or None,
                     pad_token_id=pad_token_id, repetition_penalty=1.0, **options, return_dict_in_generate=True,
-                    output_logits=greedy, output_scores=not greedy)
+                    output_logits=greedy, output_scores=not greedy, synced_gpus=sharded)
         finally:
             self.model.train(training)
         responses = out.sequences[:, ids.size(1):]

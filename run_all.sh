@@ -27,7 +27,10 @@ shift 2
 # hardware: how DeepSpeed starts the processes
 
 case $hardware in
-  cpu)       launch="deepspeed --num_accelerators 1" ;;
+  cpu)       launch="deepspeed --num_accelerators 1"
+             export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=  # on a machine with GPUs too
+             # idle OpenMP threads soon sleep: where other programs run, spinning ones make this 4 to 50 times slower
+             export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} ;;
   1gpu)      launch="deepspeed --num_gpus 1" ;;
   1node)     launch="deepspeed" ;;
   multinode) hostfile=${HOSTFILE:-/job/hostfile}

@@ -17,7 +17,6 @@ Unlike DeepSpeed-Chat's step 1: the prompt is not trained on unless --train_on_p
 token; batches are as long as their longest row; answers that were cut do not teach the model to stop.
 """
 
-import functools
 import math
 import time
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ import torch
 import torch.distributed as dist
 
 from bench.memory_plan import dry_run, empty_model
-from data import (Collator, DataConfig, EncodedDataset, MicroBatches, answer_prompts, count_steps, flag, gold_scorer,
-                  load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (Checkpoints, EngineConfig, InferenceEngine, LanguageModel, MetricsLog, add_lora, all_sum,
-                           load_model, mean, parameter_count, print0, run_stage, save_model, setup, to_device,
+from data import (Collator, DataConfig, MicroBatches, count_steps, encode_records, flag, load_records, load_tokenizer,
+                  make_dataloader, training_steps)
+from hybrid_engine import (Checkpoints, EngineConfig, LanguageModel, MetricsLog, add_lora, all_sum, load_model,
+                           parameter_count, print0, run_stage, sample_answers, save_model, setup, to_device,
                            train_engine, train_step, write_summary)
 
 
@@ -80,8 +79,8 @@ def main(config):
     # data
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     train_records, held_records = load_records(config, stage=1, log=print0)
-    train_set = EncodedDataset(train_records, tokenizer, 1, config.max_seq_len, log=print0)
-    held_set = EncodedDataset(held_records, tokenizer, 1, config.max_seq_len, log=print0)
+    train_set = encode_records(train_records, tokenizer, 1, config.max_seq_len, log=print0)
+    held_set = encode_records(held_records, tokenizer, 1, config.max_seq_len, log=print0)
     collate = Collator(1, tokenizer.pad_token_id, config.train_on_prompt)
     rows, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
     train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts, config.seed, rank, world)
@@ -113,19 +112,12 @@ def main(config):
         checkpoints.save(step)
 
     # -------------------------------------------------------------------------
-    # evaluation, a sample, the model
+    # evaluation, the model, a sample
     ppl = perplexity(engine, held_loader)
-    generate = functools.partial(InferenceEngine(model.model).generate, max_new_tokens=config.max_answer_seq_len,
-                                 seed=config.seed + rank, eos_token_id=model.model.generation_config.eos_token_id,
-                                 pad_token_id=tokenizer.pad_token_id)
-    scorer = gold_scorer(config)
-    asked = held_records if scorer else held_records[:3]
-    answered = answer_prompts(generate, tokenizer, asked, config, rank, world)
-    gold = mean([scorer(record, answer) for record, answer in answered]) if scorer else None
-    print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
     save_model(engine, tokenizer, folder)
+    gold = sample_answers(model.model, tokenizer, held_records, config)
     seconds = checkpoints.seconds + time.time() - began
-    write_summary(config, "sft", {"seconds": seconds, "perplexity": ppl, "gold": gold}, config.model_name_or_path)
+    write_summary(checkpoints, {"seconds": seconds, "perplexity": ppl, "gold": gold}, config.model_name_or_path)
     print0(f"\nstep 1 done in {seconds:.0f} s: held-out perplexity {ppl:.3f} a token"
            + (f", gold {gold:.3f}" if gold is not None else "") + f"; saved {folder}")
 

@@ -28,7 +28,6 @@ a longer answer changes the loss by its length alone), answers end with the toke
 where Hugging Face looks for it.
 """
 
-import functools
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -38,17 +37,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from bench.memory_plan import dry_run, empty_model
-from data import (Collator, DataConfig, EncodedDataset, MicroBatches, UsageError, answer_prompts, count_steps, flag,
-                  gold_scorer, load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (Checkpoints, EngineConfig, InferenceEngine, LanguageModel, MetricsLog, RewardModel,
-                           adapters_off, add_lora, all_sum, device, frozen_engine, last_token, load_model, mean,
-                           parameter_count, print0, run_stage, save_model, setup, to_device, train_engine, train_step,
-                           write_summary)
+from data import (Collator, DataConfig, MicroBatches, UsageError, count_steps, encode_records, flag, load_records,
+                  load_tokenizer, make_dataloader, training_steps)
+from hybrid_engine import (Checkpoints, EngineConfig, LanguageModel, MetricsLog, RewardModel, adapters_off, add_lora,
+                           all_sum, device, frozen_engine, last_token, load_model, parameter_count, print0, run_stage,
+                           sample_answers, save_model, setup, to_device, train_engine, train_step, write_summary)
 
 
 @dataclass
 class Config(EngineConfig, DataConfig):
-    model_name_or_path: str = flag("output/sft", "folder, hub name or tiny: what becomes the reward model")
+    model_name_or_path: str = flag("", "what becomes the reward model: folder, hub name, tiny; default OUTPUT_DIR/sft")
     learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top")
     dpo: bool = flag(False, "train the policy itself on the pairs (DPO), into output/actor")
     dpo_beta: float = flag(0.1, "beta of DPO, reward units per nat")
@@ -115,7 +113,8 @@ def evaluate(score_pairs, dataloader):
 
 def main(config):
     if config.dpo and not config.dpo_beta > 0:
-        raise UsageError(f"--dpo_beta {config.dpo_beta}: over 0 is needed; at 0 the loss is log 2 whatever the policy does.")
+        raise UsageError(f"--dpo_beta {config.dpo_beta}: over 0 is needed; at 0 the loss is log 2 whatever the "
+                         "policy does.")
     if config.dry_run:
         models = {"model": empty_model(config.model_name_or_path, config, "lm" if config.dpo else "score")}
         if config.dpo and not config.only_optimize_lora:
@@ -134,8 +133,8 @@ def main(config):
     # data
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     train_records, held_records = load_records(config, stage=2, log=print0)
-    train_set = EncodedDataset(train_records, tokenizer, 2, config.max_seq_len, log=print0)
-    held_set = EncodedDataset(held_records, tokenizer, 2, config.max_seq_len, log=print0)
+    train_set = encode_records(train_records, tokenizer, 2, config.max_seq_len, log=print0)
+    held_set = encode_records(held_records, tokenizer, 2, config.max_seq_len, log=print0)
     collate = Collator(2, tokenizer.pad_token_id)
     rows, parts = config.per_device_train_batch_size, config.gradient_accumulation_steps
     train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts, config.seed, rank, world)
@@ -189,21 +188,13 @@ def main(config):
     # -------------------------------------------------------------------------
     # evaluation, the model
     held = evaluate(score_pairs, held_loader)
-    if config.dpo:
-        generate = functools.partial(InferenceEngine(model.model).generate, max_new_tokens=config.max_answer_seq_len,
-                                     seed=config.seed + rank, eos_token_id=model.model.generation_config.eos_token_id,
-                                     pad_token_id=tokenizer.pad_token_id)
-        scorer = gold_scorer(config)
-        asked = held_records if scorer else held_records[:3]
-        answered = answer_prompts(generate, tokenizer, asked, config, rank, world)
-        held["gold"] = mean([scorer(record, answer) for record, answer in answered]) if scorer else None
-        print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]),
-               sep="\n")
-    else:
+    if not config.dpo:
         model.config.score_mean, model.config.score_std = held["score_mean"], held["score_std"]
     save_model(engine, tokenizer, folder)
+    if config.dpo:
+        held["gold"] = sample_answers(model.model, tokenizer, held_records, config)
     seconds = checkpoints.seconds + time.time() - began
-    write_summary(config, section, {"seconds": seconds, **held}, config.model_name_or_path)
+    write_summary(checkpoints, {"seconds": seconds, **held}, config.model_name_or_path)
     print0(f"\nstep 2 done in {seconds:.0f} s: held-out accuracy {held['accuracy']:.3f} on {len(held_set)} pairs, "
            f"calibration error {held['calibration_error']:.3f}, correlation with length "
            f"{held['length_correlation']:.2f}, scores {held['score_mean']:.2f} +- {held['score_std']:.2f}"

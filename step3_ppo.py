@@ -37,6 +37,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,21 +49,22 @@ import torch.nn.functional as F
 
 from bench.doctor import RunDoctor
 from bench.memory_plan import dry_run, empty_model
-from data import (Collator, DataConfig, EncodedDataset, MicroBatches, UsageError, count_steps, decode_answers,
+from data import (Collator, DataConfig, MicroBatches, UsageError, count_steps, decode_answers, encode_records,
                   encode_text, flag, gold_scorer, load_records, load_tokenizer, make_dataloader, pad, rank_share,
                   training_steps)
 from hybrid_engine import (Checkpoints, EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel,
                            MetricsLog, RewardModel, adapters_off, add_lora, all_sum, device, frozen_engine, last_token,
-                           load_model, mean, memory_gb, parameter_count, print0, run_stage, save_model, setup,
-                           tensor_parallel_group, to_device, train_engine, train_step, write_summary)
+                           load_model, mean, memory_gb, on_any_rank, parameter_count, print0, print_answers, run_stage,
+                           save_model, setup, tensor_parallel_group, to_device, train_engine, train_step,
+                           write_summary)
 from kernels.gae import gae
 from kernels.ppo_loss import ppo_actor_loss
 
 
 @dataclass
 class Config(EngineConfig, DataConfig):
-    actor_model_name_or_path: str = flag("output/sft", "the SFT model: actor and reference start from it")
-    critic_model_name_or_path: str = flag("output/reward", "the reward model; the critic starts from it")
+    actor_model_name_or_path: str = flag("", "the SFT model: actor and reference start from it; default OUTPUT_DIR/sft")
+    critic_model_name_or_path: str = flag("", "the reward model; the critic starts from it; default OUTPUT_DIR/reward")
     reward_fn: list[str] = flag([], "file.py:function or reward models, one or more; default: the critic's start")
     reward_weights: list[float] = flag([], "of --reward_fn's scores in their sum; default 1 each")
     actor_learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top")
@@ -258,7 +260,11 @@ class DeepSpeedRLHFEngine:
                 raise UsageError(f"{name}: its tokenizer has another vocabulary than the actor's, so it cannot read "
                                  "the actor's answers. Train it from the same SFT model, or from one of the same "
                                  "family.")
-            return RewardModel(load_model(name, tokenizer, settings, longest, head="score", **options))
+            model = load_model(name, tokenizer, settings, longest, head="score", **options)
+            if not hasattr(model.config, "score_std") and not options:
+                print0(f"warning: {name} has no score_mean and score_std in its config.json, which step2_reward.py "
+                       f"writes: its scores are taken as they are, and clipped to +-{args.reward_clip:g}.")
+            return RewardModel(model, normalise=True)
 
         actor = LanguageModel(add_lora(load_actor(), args))
         adapters_only = args.lora_dim and args.only_optimize_lora  # then the actor without them is the reference
@@ -273,7 +279,7 @@ class DeepSpeedRLHFEngine:
         self.actor = train_engine(actor, settings, args, args.actor_learning_rate, updates)
         self.critic = None
         if args.advantage == "gae":
-            start = critic_start(actor_model_name_or_path, critic_model_name_or_path, args)
+            start = critic_start(actor_model_name_or_path, critic_model_name_or_path)
             critic = load_score(start, score_from_lm=bool(args.reward_fn))
             critic.model = add_lora(critic.model, args)
             self.critic = train_engine(critic, settings, args, args.critic_learning_rate, updates)
@@ -295,17 +301,18 @@ def check_rollout(args):
                          f"--per_device_train_batch_size {args.per_device_train_batch_size} x "
                          f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: a rollout is used up "
                          "by whole optimizer steps.")
+    if args.kl_target > 0 and args.kl_coef == 0:
+        raise UsageError("--kl_target steers by multiplying --kl_coef, and 0 stays 0: give it a start over 0.")
     if args.reward_weights and len(args.reward_weights) != max(len(args.reward_fn), 1):
         raise UsageError(f"--reward_weights has {len(args.reward_weights)} entries for {max(len(args.reward_fn), 1)} "
                          "rewards; one number a reward is needed.")
 
 
-def critic_start(actor_name, critic_name, args):
+def critic_start(actor_name, critic_name):
     """What the critic starts from: with --reward_fn, and no reward model at the default place, the actor's model."""
-    if args.reward_fn and critic_name == Config.critic_model_name_or_path and not Path(critic_name).exists():
-        print0(f"no {critic_name} here: the critic starts from {actor_name}, with a new head")
-        return actor_name
-    return critic_name
+    if not critic_name:
+        print0(f"no reward model here: the critic starts from {actor_name}, with a new head")
+    return critic_name or actor_name
 
 
 @dataclass
@@ -369,11 +376,10 @@ class DeepSpeedPPOTrainer:
                     raise UsageError(f"--reward_fn {name} scores text, and the batch has no `records` to take the "
                                      "prompts from; data.Collator(3, ...) makes batches that have them.")
                 answers = decode_answers(engine.tokenizer, rollout)
-                scores[name] = call_reward_function(name, reward, records, answers).to(rollout.mask.device)
+                with on_any_rank():
+                    scores[name] = call_reward_function(name, reward, records, answers).to(rollout.mask.device)
             else:
-                config = reward.model.config  # a DeepSpeed engine's own `config` is another thing
-                mean, std = getattr(config, "score_mean", 0.0), max(getattr(config, "score_std", 1.0), 1e-6)
-                score = (last_token(reward(rollout.tokens, attention_mask), attention_mask) - mean) / std
+                score = last_token(reward(rollout.tokens, attention_mask), attention_mask)
                 scores[name] = score.clamp(-args.reward_clip, args.reward_clip)
         bad = all_sum(*((~score.isfinite()).sum() for score in scores.values()))
         for name, count in zip(scores, bad):
@@ -456,9 +462,11 @@ class DeepSpeedPPOTrainer:
         args, engine, x = self.args, self.engine, experience
         started, R = time.time(), x.mask.size(1)
         minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        # clipped, approximate KL, ratio, tokens, clipped values, squared error, nats and tokens of the ptx term
-        sums = torch.zeros(8, device=x.mask.device)
-        losses, critic_part = [], 0.0
+        if len(x.tokens) % minibatch_rows:  # the rest would wait in the gradients for the next rollout's
+            raise UsageError(f"a rollout of {len(x.tokens)} answers is not used up by optimizer steps of "
+                             f"--per_device_train_batch_size x --gradient_accumulation_steps = {minibatch_rows} rows; "
+                             "give batches of --per_device_generation_batch_size prompts (drop_last=True).")
+        sums, losses, critic_part = Counter(), [], 0.0
 
         def actor_sum(micro_batch):
             rows, text = micro_batch
@@ -466,13 +474,13 @@ class DeepSpeedPPOTrainer:
             loss, clipped, approxkl = ppo_actor_loss(logprobs, x.logprobs[rows], x.advantages[rows], x.mask[rows],
                                                      args.cliprange)
             ratio = ((logprobs.detach() - x.logprobs[rows]).exp() * x.mask[rows]).sum()
-            sums[:4] += torch.stack([clipped, approxkl, ratio, x.mask[rows].sum()])
+            sums.update(clipped=clipped, approxkl=approxkl, ratio=ratio, tokens=x.mask[rows].sum())
             if args.advantage == "grpo":
                 loss = loss + self.kl_coef * kl_penalty(logprobs, x.ref_logprobs[rows], x.mask[rows])
             if text:
                 trained = text["loss_mask"][:, 1:]
                 nats = -engine.actor(text["input_ids"], text["attention_mask"], trained)[0].sum()
-                sums[6:] += torch.stack([nats.detach(), trained.sum()])
+                sums.update(nats=nats.detach(), text_tokens=trained.sum())
                 loss = loss + args.unsup_coef * nats * count / text_tokens  # train_step divides all by count
             return loss
 
@@ -480,7 +488,7 @@ class DeepSpeedPPOTrainer:
             values = engine.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
             loss, clipped = critic_loss(values, x.values[rows], x.returns[rows], x.mask[rows], args.cliprange_value)
             squared_error = ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum()
-            sums[4:6] += torch.stack([clipped, squared_error])
+            sums.update(clipped_values=clipped, squared_error=squared_error)
             return loss
 
         for _ in range(args.ppo_epochs):
@@ -497,24 +505,25 @@ class DeepSpeedPPOTrainer:
                 if engine.ema:
                     engine.ema.update()
 
-        clipped, approxkl, ratio, tokens, clipped_values, squared_error, nats, text_tokens = all_sum(*sums)
+        total = Counter(dict(zip(sums, all_sum(*sums.values()))))
+        each = {name: total[name] / total["tokens"] for name in total}
         actor_mean, critic_mean = torch.tensor(losses).mean(0).tolist()
-        ptx = nats / max(text_tokens, 1)
+        ptx = total["nats"] / max(total["text_tokens"], 1)
         if args.kl_target > 0:
             self.kl_coef = adapt_kl_coef(self.kl_coef, self.metrics["objective/kl"], args.kl_target, self.rows)
         seconds = time.time() - started
         self.metrics.update({
             "ppo/loss/policy": actor_mean - args.unsup_coef * ptx,
-            **({"ppo/loss/ptx": ptx} if unsupervised else {}), "ppo/policy/clipfrac": clipped / tokens,
-            "ppo/policy/approxkl": approxkl / tokens, "ppo/policy/ratio": ratio / tokens,
+            **({"ppo/loss/ptx": ptx} if unsupervised else {}), "ppo/policy/clipfrac": each["clipped"],
+            "ppo/policy/approxkl": each["approxkl"], "ppo/policy/ratio": each["ratio"],
             "ppo/policy/grad_norm": actor_norm, "lr": engine.actor.get_lr()[0], "time/train": seconds})
         if engine.critic:
-            total, squares, count = all_sum(x.returns.sum(), x.returns.square().sum(), x.mask.sum())
-            variance = squares / count - (total / count) ** 2
+            returns, squares, count = all_sum(x.returns.sum(), x.returns.square().sum(), x.mask.sum())
+            variance = squares / count - (returns / count) ** 2
             self.metrics.update({
-                "ppo/loss/value": critic_mean, "ppo/val/clipfrac": clipped_values / tokens,
-                "ppo/val/var_explained": 1 - squared_error / tokens / max(variance, 1e-8),
-                "ppo/returns/mean": total / count, "ppo/val/grad_norm": critic_norm})
+                "ppo/loss/value": critic_mean, "ppo/val/clipfrac": each["clipped_values"],
+                "ppo/val/var_explained": 1 - each["squared_error"] / max(variance, 1e-8),
+                "ppo/returns/mean": returns / count, "ppo/val/grad_norm": critic_norm})
         seconds += self.metrics["time/generate"] + self.metrics["time/score"]
         self.metrics["tokens_per_second"] = self.read / seconds
         return actor_mean, critic_mean
@@ -712,7 +721,7 @@ def check_ending(trainer, records):
     eos, longest = engine.tokenizer.eos_token_id, args.max_prompt_seq_len + args.max_answer_seq_len
     answered = [record for record in records if record.chosen][:64]
     ended = trainer.metrics["response/ended"]
-    items = EncodedDataset(answered, engine.tokenizer, 1, longest, log=lambda line: None).items if answered else []
+    items = encode_records(answered, engine.tokenizer, 1, longest, log=lambda line: None) if answered else []
     items = [item for item in items if item["input_ids"][-1] == eos and len(item["input_ids"]) > item["prompt_len"] + 2]
     if not items:
         return
@@ -753,8 +762,8 @@ def check_preference(engine, records, args):
     pairs = [record for record in records if record.chosen and record.rejected][:128]
     if not pairs or engine.reward is None:
         return None, True
-    items = EncodedDataset(pairs, engine.tokenizer, 2, args.max_prompt_seq_len + args.max_answer_seq_len,
-                           log=lambda line: None).items
+    items = encode_records(pairs, engine.tokenizer, 2, args.max_prompt_seq_len + args.max_answer_seq_len,
+                           log=lambda line: None)
     right, count = 0.0, 0
     mine, size = rank_share(items, dist.get_rank(), dist.get_world_size()), args.per_device_generation_batch_size
     for part in (mine[i:i + size] for i in range(0, len(mine), size)):
@@ -781,7 +790,7 @@ def planned_models(config):
     for i, name in enumerate(scorers):
         models[f"reward {i + 1}" if i else "reward"] = empty_model(name, config, "score", trained=False)
     if config.advantage == "gae":
-        models["critic"] = empty_model(critic_start(actor, critic, config), config, "score")
+        models["critic"] = empty_model(critic_start(actor, critic), config, "score")
     return models
 
 
@@ -802,8 +811,8 @@ def main(config):
     # data
     tokenizer = load_tokenizer(config.actor_model_name_or_path, config.chat_template)
     train_records, held_records = load_records(config, stage=3, log=print0)
-    train_set = EncodedDataset(train_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
-    held_set = EncodedDataset(held_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
+    train_set = encode_records(train_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
+    held_set = encode_records(held_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
     collate = Collator(3, tokenizer.pad_token_id)
     rows = config.per_device_generation_batch_size
     train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world)
@@ -865,14 +874,14 @@ def main(config):
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
     held, answered, _ = evaluate(trainer, held_loader, scorer, sft_marks)
-    print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
+    print_answers(answered)
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
     if engine.ema:
         save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema", engine.ema.average)
     seconds = checkpoints.seconds + time.time() - began
-    write_summary(config, "ppo", {"seconds": seconds, **held}, config.actor_model_name_or_path, doctor=doctor.sentences)
+    write_summary(checkpoints, {"seconds": seconds, **held}, config.actor_model_name_or_path, doctor=doctor.sentences)
     judge = "gold" if scorer else "score"
     print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {first['score']:.3f} -> {held['score']:.3f}, "
            f"KL {held['kl']:.2f} nats a response"

@@ -135,23 +135,25 @@ def generation_memory(model, settings, rows, tokens, tp, cpu):
     return {"generation copy": b * copied, "KV cache": b * 2 * layers * rows * tokens * KVH * D}
 
 
-def memory_plan(models, settings, devices, rows, tokens, scored, generated=0, checkpointing=False, tp=1, cpu=False):
+def memory_plan(models, settings, devices, rows, tokens, scored, generated=0, checkpointing=False, tp=1, cpu=False,
+                text=0):
     """
     Bytes on each of `devices` devices, from shapes alone.
 
     models    {name: model of empty_model}; the first generates
     rows      in one forward and backward, each of so many tokens, `scored` of them through a language model's head
     generated rows of a rollout, answered and scored at once; 0: this stage has none
+    text      tokens of a row of the mixture term, which the first model trains on in the same backward; 0: none
     returns   {name: {part: bytes}}, {phase: bytes at its peak}
 
     Not counted: what CUDA and NCCL keep for themselves (about 1 GB), and fragments of the allocator.
     """
     stage = settings["zero_optimization"]["stage"]
-    plan = {name: model_memory(model, settings, devices, rows, tokens, scored, checkpointing, cpu)
-            for name, model in models.items()}
+    first, actor = next(iter(models.items()))
+    plan = {name: model_memory(model, settings, devices, rows, tokens + text * (name == first),
+                               scored + text * (name == first), checkpointing, cpu) for name, model in models.items()}
     always = ["weights", "optimizer", "gradients"][:3 if stage == 3 else 2]
     resident, peaks = sum(memory[part] for memory in plan.values() for part in always), {}
-    first, actor = next(iter(models.items()))
     if generated:
         plan[first].update(generation_memory(actor, settings, generated, tokens, tp, cpu))
         peaks["generate"] = resident + plan[first]["generation copy"] + plan[first]["KV cache"]
@@ -170,14 +172,15 @@ def epoch_hours(flops, rows, devices, device_tflops):
     return flops * rows / (devices * device_tflops * 1e12) / 3600
 
 
-def training_flops(models, tokens, generated, checkpointing):
+def training_flops(models, tokens, generated, checkpointing, epochs=1, text=0):
     """
     FLOP of one row as DeepSpeed-Chat counts them: 3 forwards for each trained model (4 with checkpointing) and one for
     the tokens the first model generates. Scoring is in the seconds of its published TFLOP/s, but not in the FLOP.
+    Training counts once for each of the `epochs` over a rollout; `text` as in memory_plan.
     """
     trained = [model for model in models.values() if any(p.requires_grad for p in model.parameters())]
-    flops = [(3 + checkpointing) * forward_flops(model, tokens) for model in trained]
-    return sum(flops) + (forward_flops(trained[0], tokens) if generated else 0)
+    forwards = sum(forward_flops(model, tokens) for model in trained) + (forward_flops(trained[0], text) if text else 0)
+    return epochs * (3 + checkpointing) * forwards + (forward_flops(trained[0], tokens) if generated else 0)
 
 
 def dry_run(config, models, tokens, scored, generated=0):
@@ -189,8 +192,11 @@ def dry_run(config, models, tokens, scored, generated=0):
     devices = int(os.environ.get("WORLD_SIZE", 1)) if machine else config.dry_run
     cpu = machine and get_accelerator().device_name() == "cpu"
     rows, tp = config.per_device_train_batch_size, getattr(config, "inference_tp_size", 1)
+    epochs, text = getattr(config, "ppo_epochs", 1), 0
+    if getattr(config, "unsupervised_data_path", None):
+        text = config.max_seq_len
     plan, peaks = memory_plan(models, settings, devices, rows, tokens, scored, generated, config.gradient_checkpointing,
-                              tp, cpu)
+                              tp, cpu, text)
     parts = list(dict.fromkeys(part for memory in plan.values() for part in memory))
     print(f"\nmemory plan, GB on each of {devices} device(s): {str(compute_dtype(settings))[6:]}, ZeRO stage "
           f"{settings['zero_optimization']['stage']}, {rows} rows of {tokens} tokens a micro-batch"
@@ -202,7 +208,7 @@ def dry_run(config, models, tokens, scored, generated=0):
               + "".join(f"  {memory.get(part, 0) / 2**30:>{max(len(part), 7)}.2f}" for part in parts))
     print("\npeak      " + ", ".join(f"{phase} {size / 2**30:.1f}" for phase, size in peaks.items())
           + f"; in all {max(peaks.values()) / 2**30:.1f} GB a device" + ("" if cpu else ", about 1 GB more for CUDA"))
-    flops = training_flops(models, tokens, generated, config.gradient_checkpointing)
+    flops = training_flops(models, tokens, generated, config.gradient_checkpointing, epochs, text)
     count = config.max_steps * devices * (generated or rows * config.gradient_accumulation_steps)
     count, how_many = (count, "rows") if config.max_steps > 0 else (100_000, "rows, say (--max_steps plans your run)")
     hours = epoch_hours(flops, count, devices, config.device_tflops)

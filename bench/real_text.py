@@ -51,7 +51,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification
 
 from bench.sad_reward import sadder
-from data import ASSISTANT, HUMAN, Collator, DataConfig, EncodedDataset, decode_answers, load_records, load_tokenizer
+from data import ASSISTANT, HUMAN, Collator, DataConfig, decode_answers, encode_records, load_records, load_tokenizer
 from hybrid_engine import InferenceEngine, LanguageModel, RewardModel
 from step2_reward import pair_scores
 
@@ -178,7 +178,7 @@ STORY_TEMPLATE = "{{ bos_token }}{{ messages[-1].content }}"  # the stories mode
 
 def stories(model, tokenizer, records, n, seed):
     """-> n sampled continuations of each record's opening, of 64 tokens: a Rollout and their attention_mask."""
-    items = EncodedDataset(records, tokenizer, 3, 64, log=lambda line: None).items
+    items = encode_records(records, tokenizer, 3, 64, log=lambda line: None)
     batch = Collator(3, tokenizer.pad_token_id)(items)
     rollout = InferenceEngine(model).generate(
         batch["input_ids"], batch["attention_mask"], max_new_tokens=64, seed=seed, num_return_sequences=n,
@@ -234,11 +234,11 @@ def write_pairs(path, records):
 def normalised_margins(folder, records):
     """Chosen minus rejected scores of a reward model, in its standard deviations, (N,); its number of parameters."""
     tokenizer, model = load_tokenizer(folder), AutoModelForSequenceClassification.from_pretrained(folder)
-    items = EncodedDataset(records, tokenizer, 2, 1024, log=lambda line: None).items
-    collate, scorer, margins = Collator(2, tokenizer.pad_token_id), RewardModel(model.eval()), []
+    items = encode_records(records, tokenizer, 2, 1024, log=lambda line: None)
+    collate, scorer, margins = Collator(2, tokenizer.pad_token_id), RewardModel(model.eval(), normalise=True), []
     for i in range(0, len(items), 64):
         chosen, rejected = pair_scores(scorer, collate(items[i:i + 64]))
-        margins.append((chosen - rejected) / model.config.score_std)
+        margins.append(chosen - rejected)
     return torch.cat(margins), model.num_parameters()
 
 

@@ -202,6 +202,8 @@ def _sample_cpu(logits, uniform, temperature, top_k, top_p):
     if 0 < top_k < V or top_p < 1:
         _keep_likeliest(probs, scratch, top_k, top_p)
     tokens, total = _invert(probs, uniform)
+    if total.isnan().any():
+        raise FloatingPointError("the logits are no numbers (NaN): the model's weights or activations have overflowed")
     return tokens, (probs.gather(1, tokens[:, None]).squeeze(1) / total).log().float()
 
 

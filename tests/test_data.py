@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import data
-from data import (FORMS, Collator, DataConfig, EncodedDataset, MicroBatches, Preference, UsageError, as_prompt,
+from data import (FORMS, Collator, DataConfig, encode_records, MicroBatches, Preference, UsageError, as_prompt,
                   count_steps, encode_answers, encode_text, encode_prompts, hold_out, load_records, load_tokenizer,
                   make_dataloader, pad, parse_dialogue, rank_share, read_source, split_indices, to_records, toy_gold,
                   toy_questions, toy_rows, training_steps)
@@ -340,9 +340,9 @@ CONVERSATIONS = [  # (prompt, answer); an answer that begins in a way that could
 
 def test_trained_tokens_are_the_answer_and_its_eos(any_tokenizer):
     tokenizer, eos = any_tokenizer, any_tokenizer.eos_token_id
-    dataset = EncodedDataset([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200,
+    dataset = encode_records([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200,
                              log=quiet)
-    batch = Collator(1, tokenizer.pad_token_id)(dataset.items)
+    batch = Collator(1, tokenizer.pad_token_id)(dataset)
     for ids, real, trained, (prompt, answer) in zip(batch["input_ids"], batch["attention_mask"].bool(),
                                                     batch["loss_mask"].bool(), CONVERSATIONS):
         assert ids[trained][-1] == eos and ids[real][-1] == eos and (ids[trained] == eos).sum() == 1
@@ -356,9 +356,9 @@ def test_trained_tokens_are_the_answer_and_its_eos(any_tokenizer):
 
 
 def test_train_on_prompt_trains_on_all_that_is_real(tokenizer):
-    dataset = EncodedDataset([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200,
+    dataset = encode_records([Preference(*conversation, None) for conversation in CONVERSATIONS], tokenizer, 1, 200,
                              log=quiet)
-    batch = Collator(1, tokenizer.pad_token_id, train_on_prompt=True)(dataset.items)
+    batch = Collator(1, tokenizer.pad_token_id, train_on_prompt=True)(dataset)
     assert torch.equal(batch["loss_mask"], batch["attention_mask"].float())
 
 
@@ -408,15 +408,15 @@ def test_cut_answers_lose_their_eos_and_are_counted(tokenizer):
     lines, full = [], len(prompt + response)
     records = [Preference(*CONVERSATIONS[0], "The opposite of hot is wet."), Preference(user("long " * 100), "x", "y")]
     for limit, ends in ((full, True), (full - 1, False)):
-        dataset = EncodedDataset(records, tokenizer, 1, limit, log=lines.append)
+        dataset = encode_records(records, tokenizer, 1, limit, log=lines.append)
         assert len(dataset) == 1 and list(dataset[0]["input_ids"]) == (prompt + response)[:limit]
         assert (dataset[0]["input_ids"][-1] == tokenizer.eos_token_id) == ends
     assert "1 dropped" in lines[0] and "0 with answers cut" in lines[0] and "1 with answers cut" in lines[1]
     with pytest.raises(UsageError, match="--max_seq_len"):  # room for the prompt, none for an answer
-        EncodedDataset(records, tokenizer, 1, len(prompt), log=quiet)
-    assert len(EncodedDataset(records, tokenizer, 3, len(prompt), log=lines.append)) == 1 and "1 dropped" in lines[-1]
+        encode_records(records, tokenizer, 1, len(prompt), log=quiet)
+    assert len(encode_records(records, tokenizer, 3, len(prompt), log=lines.append)) == 1 and "1 dropped" in lines[-1]
     with pytest.raises(UsageError, match="--max_prompt_seq_len"):
-        EncodedDataset(records, tokenizer, 3, len(prompt) - 1, log=quiet)
+        encode_records(records, tokenizer, 3, len(prompt) - 1, log=quiet)
 
 
 # -----------------------------------------------------------------------------
@@ -432,7 +432,7 @@ def test_pad_by_hand():
 
 def test_collated_batches(tokenizer):
     records = [Preference(user("Hi " * n), "Hello! " * n, "Go. " * (6 - n)) for n in (1, 5, 3)]
-    pad_id, items = tokenizer.pad_token_id, {stage: EncodedDataset(records, tokenizer, stage, 200, log=quiet).items
+    pad_id, items = tokenizer.pad_token_id, {stage: encode_records(records, tokenizer, stage, 200, log=quiet)
                                              for stage in (1, 2, 3)}
     one, two, three = (Collator(stage, pad_id)(items[stage]) for stage in (1, 2, 3))
     longest = max(len(item["input_ids"]) for item in items[1])
@@ -454,7 +454,7 @@ def test_collated_batches(tokenizer):
 
 def test_micro_batches_keep_the_rows_and_save_padding(tokenizer):
     records = [Preference(user(f"question {i}"), "word " * (i * 7 % 16 * 4 + 1), None) for i in range(16)]
-    items = EncodedDataset(records, tokenizer, 1, 200, log=quiet).items
+    items = encode_records(records, tokenizer, 1, 200, log=quiet)
     whole = Collator(1, tokenizer.pad_token_id)(items)
     parts = MicroBatches(Collator(1, tokenizer.pad_token_id), 4)(items)
     rows = lambda batches: sorted(tuple(ids[mask.bool()].tolist()) for b in batches

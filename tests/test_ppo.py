@@ -8,7 +8,7 @@ from transformers import (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassif
                           OPTForSequenceClassification)
 
 import step3_ppo
-from data import Collator, DataConfig, EncodedDataset, load_records, load_tokenizer, make_dataloader
+from data import Collator, DataConfig, encode_records, load_records, load_tokenizer, make_dataloader
 from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, critic_loss
 
 
@@ -134,7 +134,7 @@ def test_the_rlhf_api_runs_as_written(tmp_path, process_group):
     args = Config(max_prompt_seq_len=64, max_answer_seq_len=8, per_device_generation_batch_size=2,
                   per_device_train_batch_size=2)
     actor_path, critic_path = small_models("opt", tmp_path, tokenizer)
-    prompts = EncodedDataset(load_records(DataConfig(), stage=3)[0][:4], tokenizer, 3, 64)
+    prompts = encode_records(load_records(DataConfig(), stage=3)[0][:4], tokenizer, 3, 64)
     prompt_train_dataloader = make_dataloader(prompts, Collator(3, tokenizer.pad_token_id), 2, seed=0)
 
     engine = DeepSpeedRLHFEngine(actor_model_name_or_path=actor_path, critic_model_name_or_path=critic_path,

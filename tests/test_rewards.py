@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from data import Collator, EncodedDataset, UsageError, load_tokenizer, to_records
+from data import Collator, encode_records, UsageError, load_tokenizer, to_records
 from hybrid_engine import last_token
 from step3_ppo import (Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, call_reward_function, evaluate,
                        load_reward_function)
@@ -63,7 +63,7 @@ def make_trainer(place, process_group):
 
 def prompts(rows=ROWS, tokenizer=None):
     tokenizer = load_tokenizer("tiny")
-    dataset = EncodedDataset(to_records(rows, "rows")[0], tokenizer, 3, 48, log=lambda line: None)
+    dataset = encode_records(to_records(rows, "rows")[0], tokenizer, 3, 48, log=lambda line: None)
     return Collator(3, tokenizer.pad_token_id)([dataset[i] for i in range(len(rows))])
 
 
