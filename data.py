@@ -840,6 +840,8 @@ def main():
         try:
             records, held = load_records(config, stage)
         except UsageError as error:
+            if stage == 3:  # it needs prompts alone; without them the data are of no use
+                raise
             print(f"\n=== stage {stage}, {name}: {error}")
             continue
         longest = config.max_prompt_seq_len if stage == 3 else config.max_seq_len

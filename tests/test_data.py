@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import data
-from data import (FORMS, Collator, DataConfig, encode_records, MicroBatches, Preference, UsageError, as_prompt,
-                  count_steps, encode_answers, encode_text, encode_prompts, hold_out, load_records, load_tokenizer,
+from data import (FORMS, Collator, DataConfig, MicroBatches, Preference, UsageError, as_prompt, count_steps,
+                  encode_answers, encode_prompts, encode_records, encode_text, hold_out, load_records, load_tokenizer,
                   make_dataloader, pad, parse_dialogue, rank_share, read_source, split_indices, to_records, toy_gold,
                   toy_questions, toy_rows, training_steps)
 
@@ -401,6 +401,10 @@ def test_other_templates(tmp_path):
                                              "{% for m in messages %}{{ m.content }}{% endfor %}"), user("Hi"), "x")
     with pytest.raises(UsageError, match="nowhere.jinja"):
         load_tokenizer("tiny", "nowhere.jinja")
+    strict = load_tokenizer("tiny", "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+                                    "{{ messages[-1].content }}")
+    with pytest.raises(UsageError, match="no system.*--chat_template"):
+        encode_answer(strict, [{"role": "system", "content": "Be brief."}, *user("Hi")], "x")
 
 
 def test_cut_answers_lose_their_eos_and_are_counted(tokenizer):

@@ -86,6 +86,7 @@ def test_a_lora_model_is_saved_merged(make, process_group, tmp_path):
 def test_no_adapter_by_itself_where_the_rest_was_trained_too(process_group, tmp_path):
     config = Config()
     config.lora_dim = 4
+    (tmp_path / "adapter").mkdir()  # an earlier run's
     save_model(train_engine(LanguageModel(add_lora(opt(), config)), process_group, config, 1e-2, 10),
                load_tokenizer("tiny"), tmp_path)
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "adapter").exists()

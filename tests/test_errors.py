@@ -34,6 +34,8 @@ CASES = {  # name: (command line, what the sentence must name)
     "folder without train": ("step1_sft.py --data_path folder", ["folder", "train"]),
     "no pairs for stage 2": ("step2_reward.py --model_name_or_path tiny --data_path answers.jsonl",
                              ["0 of 20 rows", "rejected"]),
+    "no pairs in any source": ("step2_reward.py --model_name_or_path tiny --data_path answers.jsonl more.jsonl",
+                               ["answers.jsonl, more.jsonl", "a chosen and a rejected answer"]),
     "one prompt only": ("step1_sft.py --data_path one.jsonl", ["one.jsonl", "different prompts"]),
     "nothing left by the split": ("step1_sft.py --data_path answers.jsonl --data_split 0,1,1",
                                   ["--data_split 0,1,1", "stage 1"]),
@@ -75,6 +77,8 @@ CASES = {  # name: (command line, what the sentence must name)
                                       ["192 tokens", "128 positions", "--max_answer_seq_len"]),
     "no layer of that name": ("step1_sft.py --data_path answers.jsonl SMALL --lora_dim 4 --lora_module_name nowhere",
                               ["--lora_module_name nowhere"]),
+    "LoRA on the head": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path LM --lora_dim 4 "
+                         "--lora_module_name lm_head", ["--lora_module_name lm_head", "head"]),
     "LoRA alone without LoRA": ("step1_sft.py --data_path answers.jsonl SMALL --only_optimize_lora",
                                 ["--only_optimize_lora", "--lora_dim"]),
     "chat with nobody": ("chat.py --path nowhere", ["--path nowhere"]),
@@ -92,7 +96,9 @@ CASES = {  # name: (command line, what the sentence must name)
     "batch of 0": ("step1_sft.py --per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "at least 1"]),
     "log every 0 steps": ("step1_sft.py --logging_steps 0", ["--logging_steps 0", "at least 1"]),
     "unknown schedule": ("step1_sft.py --data_path answers.jsonl SMALL --lr_scheduler_type zigzag",
-                         ["--lr_scheduler_type zigzag", "cosine"]),
+                         ["--lr_scheduler_type", "zigzag", "cosine"]),
+    "a schedule with settings of its own": ("step1_sft.py --lr_scheduler_type warmup_stable_decay",
+                                            ["--lr_scheduler_type", "warmup_stable_decay", "cosine"]),
     "negative learning rate": ("step1_sft.py --data_path answers.jsonl SMALL --learning_rate -1",
                                ["--learning_rate -1"]),
     "batches that do not divide": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
@@ -100,6 +106,11 @@ CASES = {  # name: (command line, what the sentence must name)
                                    "--per_device_generation_batch_size 6 --per_device_train_batch_size 4",
                                    ["--per_device_generation_batch_size 6", "--per_device_train_batch_size 4"]),
     "the stages before were not run": ("step3_ppo.py --data_path answers.jsonl BATCH", ["output/sft", "run_all.sh"]),
+    "nor were they in another folder": ("step2_reward.py --data_path answers.jsonl --output_dir runs/1",
+                                        ["runs/1/sft", "run_all.sh"]),
+    "a KL to steer to, and nothing to steer by": (
+        "step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl "
+        "BATCH --kl_coef 0 --kl_target 6", ["--kl_target", "--kl_coef"]),
     "a reward file without the function's name": (
         "step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path answers.jsonl "
         "BATCH --reward_fn fn.py", ["fn.py:function"]),
@@ -173,7 +184,7 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
     lines = [json.dumps(row) for row in rows]
     compressed = gzip.compress("\n".join(map(str, range(10_000))).encode())
     for name, content in {
-            "answers.jsonl": "\n".join(lines), "malformed.jsonl": "\n".join([*lines[:2], '{"prompt": "a",', *lines]),
+            "answers.jsonl": "\n".join(lines), "more.jsonl": "\n".join(lines), "malformed.jsonl": "\n".join([*lines[:2], '{"prompt": "a",', *lines]),
             "malformed.json": '[\n{"prompt": "a"},\n{"prompt" "b"}]', "numbers.json": "[1, 2]",
             "list.json": "[1, 2]", "notes.txt": "Hello!", "cut.jsonl.gz": compressed[:len(compressed) // 2],
             "no.parquet": "Hello!", "ragged.csv": 'prompt,response\nHi,Hello\nHi,Hello, you\n',

@@ -166,3 +166,8 @@ def test_options_are_checked():
         sample(torch.zeros(1, 3), torch.zeros(1), top_p=0.0)
     with pytest.raises(ValueError, match=r"uniform \(B,\)"):
         sample(torch.zeros(2, 3), torch.zeros(3))
+
+
+def test_logits_that_are_no_numbers_are_named():
+    with pytest.raises(FloatingPointError, match="NaN"):
+        sample(torch.full((2, 300), float("nan")), torch.rand(2))

@@ -156,3 +156,17 @@ def test_step_3_plans_without_reading_weights(model_folders, tmp_path, monkeypat
                  "at 40 TFLOP/s", "$2"):
         assert name in out, (name, out)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_epochs_over_a_rollout_and_mixed_in_text_are_planned():
+    """Each epoch trains once more and generates no more; text is more tokens of the actor's backward."""
+    models = {name: empty_model("facebook/opt-125m", EngineConfig(), head)
+              for name, head in (("actor", "lm"), ("critic", "score"))}
+    once, twice, mixed = (training_flops(models, 512, 256, False, *more) for more in ((), (2,), (1, 512)))
+    generated = training_flops(models, 512, 0, False) / once
+    assert twice / once == pytest.approx(1 + generated)
+    assert mixed - once == pytest.approx(training_flops({"actor": models["actor"]}, 512, 0, False))
+    plans = [memory_plan(models, settings(), 1, 4, 512, 256, 4, text=text)[0] for text in (0, 512, 1024, 1536)]
+    assert plans[1]["critic"] == plans[0]["critic"]
+    none, one, two, three = (plan["actor"]["activations"] for plan in plans)
+    assert three - two == two - one > 0 and one > none  # from some text on, no more logits are kept at once

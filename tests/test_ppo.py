@@ -8,7 +8,8 @@ from transformers import (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassif
                           OPTForSequenceClassification)
 
 import step3_ppo
-from data import Collator, DataConfig, encode_records, load_records, load_tokenizer, make_dataloader
+from data import Collator, DataConfig, UsageError, encode_records, load_records, load_tokenizer, make_dataloader
+from hybrid_engine import RewardModel
 from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, critic_loss
 
 
@@ -163,6 +164,13 @@ def test_every_row_is_used_once_an_epoch_and_in_another_order(trainer, monkeypat
             and len(set(map(tuple, epochs))) > 1)
 
 
+def test_a_rollout_that_no_whole_step_uses_up_is_refused(trainer):
+    """The rest would wait in the gradients and be stepped with the next rollout's."""
+    x = trainer.generate_experience(ragged_prompts(trainer, lengths=(1, 3, 7, 4, 2)))
+    with pytest.raises(UsageError, match="5 answers.*drop_last"):
+        trainer.train_rlhf(x)
+
+
 def test_the_critic_starts_as_the_reward_model(trainer):
     ids, real = (ragged_prompts(trainer)[name] for name in ("input_ids", "attention_mask"))
     assert torch.equal(trainer.engine.critic(ids, real), trainer.engine.reward(ids, real))
@@ -170,9 +178,11 @@ def test_the_critic_starts_as_the_reward_model(trainer):
 
 def test_scores_are_normalised_by_the_reward_models_own_numbers_then_clipped(trainer):
     engine = trainer.engine
+    raw_model = RewardModel(engine.reward.model)
     engine.reward.model.config.score_mean, engine.reward.model.config.score_std = 0.3, 0.02
+    engine.rewards = {"reward": RewardModel(engine.reward.model, normalise=True)}
     x = DeepSpeedPPOTrainer(engine, trainer.args).generate_experience(ragged_prompts(trainer))
-    raw = torch.stack([engine.reward(ids[real.bool()][None], real[real.bool()][None])[0, -1]
+    raw = torch.stack([raw_model(ids[real.bool()][None], real[real.bool()][None])[0, -1]
                        for ids, real in zip(x.tokens, x.attention_mask)])
     expected = (raw.detach() - 0.3) / 0.02
     assert (expected.abs() > 5).any(), "some must reach the clip"

@@ -152,6 +152,20 @@ def test_a_cut_checkpoint_is_skipped_and_the_run_is_still_the_same(folder, proce
     finally:
         rows.write_text(text)
 
+    # what a run read counts, not what its files have become since
+    with monkeypatch.context() as patch:
+        def append():
+            rows.write_text(text + "\n" + text.splitlines()[0])
+        stop_at(patch, 2, append)
+        stop_at(patch, 5, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(step1_sft, folder, "appended")
+    try:
+        with pytest.raises(UsageError, match="checksum"):
+            train(step1_sft, folder, "appended", resume=True)
+    finally:
+        rows.write_text(text)
+
     # none that is complete: from the beginning, and nothing of the old run survives the first new checkpoint
     for path in sft.glob("checkpoint-*"):
         (path / "manifest.json").unlink()

@@ -10,10 +10,11 @@ import types
 import pytest
 import torch
 
-from data import Collator, encode_records, UsageError, load_tokenizer, to_records
-from hybrid_engine import last_token
+from data import Collator, UsageError, encode_records, load_tokenizer, to_records
+from hybrid_engine import last_token, on_any_rank
 from step3_ppo import (Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, call_reward_function, evaluate,
                        load_reward_function)
+from ranks import run_ranks
 from test_ppo import small_models
 
 SIZES = dict(per_device_generation_batch_size=4, per_device_train_batch_size=4, max_prompt_seq_len=48,
@@ -56,7 +57,7 @@ def make_trainer(place, process_group):
     def make(*reward_fn, critic=None, **flags):
         names = [name if "/" in name else f"{place.file}:{name}" for name in reward_fn]
         args = Config(reward_fn=names, **SIZES, **flags)
-        engine = DeepSpeedRLHFEngine(place.actor, critic or place.reward, load_tokenizer("tiny"), 4, args)
+        engine = DeepSpeedRLHFEngine(place.actor, place.reward if critic is None else critic, load_tokenizer("tiny"), 4, args)
         return DeepSpeedPPOTrainer(engine, args)
     return make
 
@@ -133,6 +134,8 @@ def test_a_weighted_sum_of_functions_and_models(make_trainer, place):
     x = trainer.generate_experience(prompts())
     with torch.no_grad():
         raw = torch.stack([model(ids[None, mask.bool()]).logits[0, 0] for ids, mask in zip(x.tokens, x.attention_mask)])
+    critic = last_token(trainer.engine.critic(x.tokens, x.attention_mask), x.attention_mask)
+    torch.testing.assert_close(critic.detach(), (raw - 0.2) / 0.5, atol=1e-5, rtol=1e-5)  # values in the rewards' units
     normalised = ((raw - 0.2) / 0.5).clamp(-1.5, 1.5)
     lengths = torch.tensor([float(len(c)) for c in decoded(trainer, x)])
     torch.testing.assert_close(x.scores, 2 * lengths - 3 * normalised, atol=1e-5, rtol=1e-5)
@@ -186,7 +189,7 @@ def test_where_the_critic_starts(make_trainer, place, tmp_path, monkeypatch, cap
     """
     monkeypatch.chdir(tmp_path)
     assert "critic starts" not in capsys.readouterr().out
-    for critic, said in ((place.reward, False), (place.actor, False), ("output/reward", True)):
+    for critic, said in ((place.reward, False), (place.actor, False), ("", True)):
         trainer = make_trainer("ones", critic=critic)
         assert ("the critic starts from" in capsys.readouterr().out) == said
         trainer.train_rlhf(trainer.generate_experience(prompts()))
@@ -229,3 +232,15 @@ def test_a_function_that_cannot_be_had(make_trainer, place, tmp_path):
     del batch["records"]
     with pytest.raises(UsageError, match="records"):
         make_trainer("ones").generate_experience(batch)
+
+
+def one_rank_errs(rank, ranks):
+    with pytest.raises(UsageError, match="rank 1's"):
+        with on_any_rank():
+            if rank == 1:
+                raise UsageError("rank 1's")
+
+
+def test_an_error_of_one_rank_is_every_ranks():
+    """Ranks have answers of their own, and only the first of a host speaks."""
+    run_ranks(2, one_rank_errs)

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import step1_sft
+import step2_reward
+
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -121,3 +124,16 @@ def test_a_stage_starts_without_the_deepspeed_launcher(start, tmp_path):
                "--max_eval_samples", "4", "--max_answer_seq_len", "4", cwd=tmp_path)
     assert (f"x {2 if start[0] == 'torchrun' else 1} processes" in text
             and (tmp_path / "output/sft/model.safetensors").exists())
+
+
+@pytest.mark.parametrize("stage, folder, flags", [(step1_sft, "sft", {}), (step2_reward, "actor", dict(dpo=True))],
+                         ids=["sft", "dpo"])
+def test_prompts_too_long_to_sample_do_not_cost_the_model(stage, folder, flags, model_folders, process_group, tmp_path):
+    """Training allows --max_seq_len, the samples at its end only --max_prompt_seq_len."""
+    rows = [{"prompt": f"What is {i}?", "chosen": "A number.", "rejected": "Go."} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    stage.main(stage.Config(model_name_or_path=model_folders["lm"], data_path=[str(tmp_path / "pairs.jsonl")],
+                            output_dir=str(tmp_path), max_seq_len=64, max_prompt_seq_len=2, max_answer_seq_len=8, max_steps=1,
+                            deepspeed_config=str(ROOT / "configs" / "cpu.json"), **flags))
+    assert (tmp_path / folder / "model.safetensors").exists()
+    assert json.loads((tmp_path / "summary.json").read_text())[folder if not flags else "dpo"]
