@@ -184,7 +184,8 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
     lines = [json.dumps(row) for row in rows]
     compressed = gzip.compress("\n".join(map(str, range(10_000))).encode())
     for name, content in {
-            "answers.jsonl": "\n".join(lines), "more.jsonl": "\n".join(lines), "malformed.jsonl": "\n".join([*lines[:2], '{"prompt": "a",', *lines]),
+            "answers.jsonl": "\n".join(lines), "more.jsonl": "\n".join(lines),
+            "malformed.jsonl": "\n".join([*lines[:2], '{"prompt": "a",', *lines]),
             "malformed.json": '[\n{"prompt": "a"},\n{"prompt" "b"}]', "numbers.json": "[1, 2]",
             "list.json": "[1, 2]", "notes.txt": "Hello!", "cut.jsonl.gz": compressed[:len(compressed) // 2],
             "no.parquet": "Hello!", "ragged.csv": 'prompt,response\nHi,Hello\nHi,Hello, you\n',

@@ -401,7 +401,7 @@ def make_experience(left=0, right=0):
     old["logprobs"] = old["logprobs"] * 0.2 - 7  # near log(1 / 1000): some ratios are clipped, others not
     wide = lambda x: F.pad(x, (0, right))
     return Experience(F.pad(tokens, (left, right)), F.pad(attention_mask, (left, right)), wide(mask),
-                      ref_logprobs=wide(old["logprobs"]), scores=torch.zeros(4),
+                      ref_logprobs=wide(old["logprobs"]), scores=torch.zeros(4), rewards=wide(0 * mask),
                       **{name: wide(value * mask) for name, value in old.items()})
 
 

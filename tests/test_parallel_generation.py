@@ -227,6 +227,7 @@ def in_turn(rank, ranks, cases):
         case(rank, ranks)
 
 
-@pytest.mark.parametrize("ranks, cases", [(2, (families, zero3, unsupported, training_goes_on)), (4, (families, four_ranks, zero3))])
+@pytest.mark.parametrize("ranks, cases", [(2, (families, zero3, unsupported, training_goes_on)),
+                                          (4, (families, four_ranks, zero3))])
 def test_ranks(ranks, cases):
     run_ranks(ranks, in_turn, cases)

@@ -57,7 +57,8 @@ def make_trainer(place, process_group):
     def make(*reward_fn, critic=None, **flags):
         names = [name if "/" in name else f"{place.file}:{name}" for name in reward_fn]
         args = Config(reward_fn=names, **SIZES, **flags)
-        engine = DeepSpeedRLHFEngine(place.actor, place.reward if critic is None else critic, load_tokenizer("tiny"), 4, args)
+        critic = place.reward if critic is None else critic
+        engine = DeepSpeedRLHFEngine(place.actor, critic, load_tokenizer("tiny"), 4, args)
         return DeepSpeedPPOTrainer(engine, args)
     return make
 

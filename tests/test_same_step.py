@@ -61,7 +61,7 @@ def given(tokenizer):
     noise = lambda scale: scale * torch.randn(ROWS, R) * mask
     experience = dict(tokens=tokens, attention_mask=attention_mask, mask=mask, logprobs=noise(0.3) - 6.9 * mask,
                       ref_logprobs=noise(0.3) - 6.9 * mask, values=noise(0.5), scores=torch.randn(ROWS),
-                      advantages=noise(1.0), returns=noise(1.0))
+                      rewards=noise(1.0), advantages=noise(1.0), returns=noise(1.0))
     loss_mask = torch.cat([torch.zeros(ROWS, P), mask], 1)
     sft = dict(input_ids=tokens, attention_mask=attention_mask, loss_mask=loss_mask)
     other = tokens.roll(1, 0), attention_mask.roll(1, 0)

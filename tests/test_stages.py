@@ -133,7 +133,7 @@ def test_prompts_too_long_to_sample_do_not_cost_the_model(stage, folder, flags, 
     rows = [{"prompt": f"What is {i}?", "chosen": "A number.", "rejected": "Go."} for i in range(40)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     stage.main(stage.Config(model_name_or_path=model_folders["lm"], data_path=[str(tmp_path / "pairs.jsonl")],
-                            output_dir=str(tmp_path), max_seq_len=64, max_prompt_seq_len=2, max_answer_seq_len=8, max_steps=1,
-                            deepspeed_config=str(ROOT / "configs" / "cpu.json"), **flags))
+                            output_dir=str(tmp_path), max_seq_len=64, max_prompt_seq_len=2, max_answer_seq_len=8,
+                            max_steps=1, deepspeed_config=str(ROOT / "configs" / "cpu.json"), **flags))
     assert (tmp_path / folder / "model.safetensors").exists()
     assert json.loads((tmp_path / "summary.json").read_text())[folder if not flags else "dpo"]
