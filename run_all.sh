@@ -101,6 +101,8 @@ import torch, deepspeed, transformers, datasets, sentencepiece, accelerate, goog
 assert int(transformers.__version__.split(".")[0]) >= 5' 2>/dev/null; then
   python=$here/.venv/bin/python
   if ! { [ -e "$here/.venv/ready" ] && cmp -s "$here/.venv/ready" "$here/requirements.txt"; }; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      stop "$(python3 --version) is at hand, and Python 3.11 or later is needed; put one first in PATH"
     echo "run_all.sh: installing requirements.txt into $here/.venv (once, some minutes)"
     python3 -m venv "$here/.venv"
     "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt"

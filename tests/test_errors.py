@@ -6,8 +6,10 @@ Each case is a command line. They run in one process that imports the stages onc
 take longer than they do.
 """
 
+import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -177,8 +179,6 @@ for name, (script, *flags) in json.load(open("commands.json")).items():
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory, model_folders, tokenizer):
     """A folder with everything that a user can get wrong."""
-    import gzip
-    import shutil
     folder = tmp_path_factory.mktemp("errors")
     rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(20)]
     lines = [json.dumps(row) for row in rows]
@@ -264,3 +264,15 @@ def test_run_all_refuses_before_it_installs_anything(run_script, tmp_path, flags
                                                          "HOSTFILE": "/nowhere"})
     assert_one_sentence(code, output, "run_all.sh", named)
     assert "python3 was started" not in output
+
+
+def test_run_all_says_which_python_it_needs(tmp_path):
+    """In a fresh checkout, where the only python3 is too old to install anything with."""
+    shutil.copy(ROOT / "run_all.sh", tmp_path)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python3").write_text('#!/bin/sh\n[ "$1" != --version ] || echo Python 3.9.1\nexit 1\n')
+    (tmp_path / "bin" / "python3").chmod(0o755)
+    done = subprocess.run(["bash", tmp_path / "run_all.sh", "tiny", "cpu"], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"})
+    assert_one_sentence(done.returncode, done.stdout, "run_all.sh", ["Python 3.9.1", "3.11"])
+    assert not (tmp_path / ".venv").exists()
