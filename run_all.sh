@@ -13,6 +13,7 @@
 #   bash run_all.sh opt-13b 1node --data_path Dahoas/rm-static my_pairs.jsonl --output_dir runs/13b
 #   STEP3_ARGS="--kl_coef 0.1 --ppo_epochs 2" bash run_all.sh tiny cpu        # flags for one stage
 #   bash run_all.sh opt-1.3b 1gpu --save_steps 200 --resume                    # the same line again goes on where it was
+#   bash run_all.sh opt-13b 1node --dry_run                    # what each stage will need: memory, hours, dollars
 #   bash run_all.sh setup                                      # only make the environment (.venv)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -126,7 +127,14 @@ if [ "${hosts:-}" ]; then
       "the same commit in $here and its own 'bash run_all.sh setup', or a file system that they share"
   done
 fi
+actor=$out/sft scorer=$out/reward dry_run=
+case " $* " in
+  *" --dry_run"*)  # nothing will be written: the plans are of the models that the run would start from
+    [ "$critic" != "$out/sft" ] || critic=$base
+    dry_run=1 actor=$base scorer=$critic ;;
+esac
 hand_out() {  # a model: to hosts that do not see this host's $out, told by the times in its summary.json
+  [ -z "$dry_run" ] || return 0
   local folder; folder=$(realpath -m "$out")
   for host in ${hosts:-}; do
     ssh -n "$host" "cat '$folder/summary.json'" 2>/dev/null | cmp -s - "$folder/summary.json" && continue
@@ -158,7 +166,8 @@ stage step1_sft $config --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARG
 hand_out sft
 stage step2_reward $config --model_name_or_path "$critic" $data $reward "$@" ${STEP2_ARGS:-}
 hand_out reward
-stage step3_ppo $config --actor_model_name_or_path "$out/sft" --critic_model_name_or_path "$out/reward" $data $ppo "$@" ${STEP3_ARGS:-}
+stage step3_ppo $config --actor_model_name_or_path "$actor" --critic_model_name_or_path "$scorer" $data $ppo "$@" ${STEP3_ARGS:-}
+[ -z "$dry_run" ] || exit 0
 
 # -----------------------------------------------------------------------------
 # the numbers, from output/summary.json

@@ -54,6 +54,11 @@ def test_leaves_the_promised_folders_and_numbers(output):
     assert "perplexity" in (output.parent / "stdout").read_text().split("held-out result")[-1]
 
 
+def test_a_dry_run_plans_all_three_stages_and_writes_nothing(tmp_path):
+    text = run("bash", ROOT / "run_all.sh", "tiny", "cpu", "--dry_run", cwd=tmp_path)
+    assert text.count("memory plan") == 3 and not list(tmp_path.iterdir())
+
+
 def test_folders_load_in_a_process_without_this_repo(output, tmp_path):
     """
     No missing or unexpected keys, and the same logits and score as ours, computed here by LanguageModel and
