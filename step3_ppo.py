@@ -27,8 +27,9 @@ Writes  output/actor and output/critic, Hugging Face folders; output/actor_ema w
         its numbers in output/summary.json
 
 Unlike DeepSpeed-Chat's step 3: rollouts are sampled, not greedy; EOS is trained; dropout is off, so the first ratio is
-exactly 1; advantages are whitened over all ranks; losses are normalised by the global token count; scores are
-normalised by the reward model's own mean and standard deviation before they are clipped to +-5.
+exactly 1; advantages are whitened over all ranks; losses are normalised by the global token count; reward model and
+critic speak in the reward model's own standard deviations from its own mean, in which --reward_clip and
+--cliprange_value are too.
 """
 
 import importlib.util
@@ -363,8 +364,8 @@ class DeepSpeedPPOTrainer:
 
     def score(self, rollout, attention_mask, records):
         """
-        -> {name: (B,) float32} of each reward, and their weighted sum (B,). A reward model's scores are normalised by
-        its own mean and deviation, then clipped; a function's are taken as they are.
+        -> {name: (B,) float32} of each reward, and their weighted sum (B,). A reward model's scores, which are in its
+        own standard deviations, are clipped; a function's are taken as they are.
         """
         args, engine, scores = self.args, self.engine, {}
         for name, reward in engine.rewards.items():
