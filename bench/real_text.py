@@ -125,8 +125,8 @@ def baseline_accuracy(train, held, penalty):
 
 def make_model(folder, records, seed, vocabulary=8000, width=128, positions=1024):
     """
-    A random Llama of one layer, with the records' commonest lower-case words as its tokens, as a Hugging Face folder.
-    One layer, since two overfit a few thousand pairs; words, since pieces of them do no better.
+    A random reward model, a Llama of one layer with the records' commonest lower-case words as its tokens, as a Hugging
+    Face folder. One layer, since two overfit a few thousand pairs; words, since pieces of them do no better.
     """
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -139,9 +139,9 @@ def make_model(folder, records, seed, vocabulary=8000, width=128, positions=1024
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
                                                      eos_token="</s>", pad_token="<pad>")
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=1,
-        num_attention_heads=width // 32, max_position_embeddings=positions, tie_word_embeddings=True, bos_token_id=1,
+        num_attention_heads=width // 32, max_position_embeddings=positions, num_labels=1, bos_token_id=1,
         eos_token_id=2, pad_token_id=3))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -337,7 +337,7 @@ def main():
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[21, 22, 23],
                         help="of the splits into training and held-out questions")
-    parser.add_argument("--models_summed", type=int, default=4, help="reward models of one split")
+    parser.add_argument("--models_summed", type=int, default=8, help="reward models of one split")
     parser.add_argument("--samples", type=int, default=16, help="stories to each held-out opening")
     parser.add_argument("--work", type=Path, help="keep the models here; default: a temporary folder")
     args = parser.parse_args()
