@@ -156,8 +156,8 @@ def as_prompt(value):
 
 
 def as_answer(value):
-    """An answer column, text or a one-message list -> text."""
-    return (value[-1]["content"] if isinstance(value, (list, tuple)) else value).strip()
+    """An answer column, text or a one-message list -> text; None stays None."""
+    return value[-1]["content"] if isinstance(value, (list, tuple)) else value
 
 
 def from_pair(row):
@@ -177,8 +177,7 @@ def from_instruction(row):
     """Alpaca: instruction and optional input, with an output or with a chosen and a rejected one."""
     prompt = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
     chosen = row["chosen"] if row.get("chosen") is not None else row["output"]
-    rejected = row["rejected"].strip() if row.get("rejected") is not None else None
-    return Preference(as_prompt(prompt), chosen.strip(), rejected)
+    return Preference(as_prompt(prompt), chosen, row.get("rejected"))
 
 
 def from_messages(row):
@@ -193,13 +192,13 @@ def from_webgpt(row):
     if first == second:
         return None
     answers = (row["answer_0"], row["answer_1"]) if first > second else (row["answer_1"], row["answer_0"])
-    return Preference(as_prompt(row["question"]["full_text"]), *(answer.strip() for answer in answers))
+    return Preference(as_prompt(row["question"]["full_text"]), *answers)
 
 
 def from_shp(row):
     """stanfordnlp/SHP: labels is 1 where answer A was preferred."""
     better, worse = ("human_ref_A", "human_ref_B") if int(row["labels"]) == 1 else ("human_ref_B", "human_ref_A")
-    return Preference(as_prompt(row["history"]), row[better].strip(), row[worse].strip())
+    return Preference(as_prompt(row["history"]), row[better], row[worse])
 
 
 def from_columns(prompt, answer):
@@ -234,7 +233,10 @@ def to_records(rows, source):
         try:
             record = form(row)
             texts = [(message["role"], message["content"].strip()) for message in record.prompt] if record else []
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            if record:
+                record.chosen = record.chosen.strip()
+                record.rejected = None if record.rejected is None else record.rejected.strip()
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise UsageError(f"{source}, row {number}: {type(error).__name__}: {error}; its columns do not hold text "
                              f"or messages: {str(row)[:200]}") from error
         if texts and texts[-1][0] == "user" and record.chosen != record.rejected:
@@ -371,10 +373,10 @@ def load_records(config, stage, log=print):
     raises UsageError for a source that is missing, malformed, empty or without the columns the stage needs
     """
     weights = config.data_weights or [1.0] * len(config.data_path)
-    if len(weights) != len(config.data_path) or min(weights) < 0:
-        raise UsageError(f"--data_weights has {len(weights)} entries for {len(config.data_path)} sources; "
-                         "one number >= 0 a source is needed.")
-    usable = {1: lambda r: bool(r.chosen), 2: lambda r: r.rejected is not None, 3: lambda r: True}[stage]
+    if len(weights) != len(config.data_path) or not all(0 <= w < math.inf for w in weights) or not any(weights):
+        raise UsageError(f"--data_weights {' '.join(map(str, weights))} for {len(config.data_path)} source(s): one "
+                         "number >= 0 a source is needed, not all 0.")
+    usable = {1: lambda r: bool(r.chosen), 2: lambda r: bool(r.chosen and r.rejected), 3: lambda r: True}[stage]
     needs = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}[stage]
     train, held, held_questions = [], [], set()
     for source, weight in zip(config.data_path, weights):
@@ -432,9 +434,10 @@ CHAT_TEMPLATE = (
 
 def load_tokenizer(name_or_path, chat_template=""):
     """
-    The tokenizer of a model folder, hub name or the preset `tiny`, left as it is but for two things: a pad token that
-    is not EOS (so that "the last token that is not padding" is well defined for everybody who loads the model), and a
-    chat template where it has none or `chat_template` gives one.
+    The tokenizer of a model folder, hub name or the preset `tiny`, left as it is but for three things: a pad token that
+    is not EOS (so that "the last token that is not padding" is well defined for everybody who loads the model); a chat
+    template where it has none or `chat_template` gives one; and EOS is the special token that ends an answer in this
+    template, if one does (Gemma's <end_of_turn>), so that answers are trained, sampled and scored up to the same token.
     """
     if name_or_path == "tiny":
         tokenizer = copy.deepcopy(toy_tokenizer())  # that one is cached; its template may differ from call to call
@@ -456,10 +459,14 @@ def load_tokenizer(name_or_path, chat_template=""):
         tokenizer.chat_template = Path(chat_template).read_text() if os.path.isfile(chat_template) else chat_template
         if "{" not in tokenizer.chat_template:
             raise UsageError(f"--chat_template {chat_template} is neither a file that exists nor Jinja text.")
-        encode_prompts(tokenizer, [[{"role": "user", "content": "Hello!"}]])
     elif tokenizer.chat_template is None:
         begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # OPT and LLaMA start every text with BOS
         tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ bos }}", "{{ bos_token }}" if begins else "")
+    answer = render(tokenizer, [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]])[0]
+    last = tokenizer(answer.rstrip(), add_special_tokens=False).input_ids[-1]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if last in special - {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(last)
     return tokenizer
 
 
@@ -486,13 +493,15 @@ def encode_answers(tokenizer, prompts, answers):
     """
     dialogues = [prompt + [{"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers)]
     prompt_texts, prompt_ids = encode_prompts(tokenizer, prompts)
-    full_texts = [text.rstrip() for text in render(tokenizer, dialogues)]
+    full_texts = render(tokenizer, dialogues)
+    if not all(full_text.startswith(prompt_text) for full_text, prompt_text in zip(full_texts, prompt_texts)):
+        raise UsageError("the chat template does not continue its own generation prompt: an answer's text must begin "
+                         "where add_generation_prompt=True ends. Give another with --chat_template.")
+    # some templates write a line's end after the answer's; a blank answer leaves the prompt's own
+    full_texts = [prompt + text[len(prompt):].rstrip() for text, prompt in zip(full_texts, prompt_texts)]
     full_ids = tokenizer(full_texts, add_special_tokens=False).input_ids
     encoded = []
     for prompt_text, prompt, full_text, full in zip(prompt_texts, prompt_ids, full_texts, full_ids):
-        if not full_text.startswith(prompt_text):
-            raise UsageError("the chat template does not continue its own generation prompt: an answer's text must "
-                             "begin where add_generation_prompt=True ends. Give another with --chat_template.")
         if full[:len(prompt)] == prompt:
             response = full[len(prompt):]
         else:

@@ -802,11 +802,15 @@ ANY_VALUE = {  # flags that may change when a run is resumed, or that count thro
 def resolved_config(config, section):
     """The flags, and what beside them decides the outcome: ZeRO stage, dtype, rows a step, the files that are read."""
     flags, settings, world = dataclasses.asdict(config), deepspeed_settings(config), dist.get_world_size()
-    named = [(name, value) for name in flags.keys() - ANY_VALUE for value in
-             (flags[name] if isinstance(flags[name], list) else [flags[name]]) if isinstance(value, str)]
-    for name, path in sorted((name, value.split(":")[0]) for name, value in named):  # --reward_fn file.py:function
-        if os.path.exists(path):
-            flags[f"{name} {path}, checksum"] = checksum(path)
+    for name in sorted(flags.keys() - ANY_VALUE):
+        values = flags[name] if isinstance(flags[name], list) else [flags[name]]
+        for path in [value.split(":")[0] for value in values if isinstance(value, str)]:  # --reward_fn file.py:function
+            if os.path.exists(path):
+                shown = path
+                if name.endswith("model_name_or_path") and Path(config.output_dir) in Path(path).parents:
+                    # an earlier stage's: a run may be moved as a whole
+                    shown = flags[name] = f"OUTPUT_DIR/{Path(path).relative_to(config.output_dir)}"
+                flags[f"{name} {shown}, checksum"] = checksum(path)
     flags["stage"] = section
     flags["zero_stage (or the JSON's)"] = settings["zero_optimization"]["stage"]
     flags["deepspeed_config's dtype"] = str(compute_dtype(settings))
@@ -1260,6 +1264,7 @@ class InferenceEngine:
     def _hf_respond(self, ids, mask, max_new_tokens, sampling, eos, pad_token_id, seed, copies):
         """The same through Hugging Face `generate`, for a model that the decoder cannot run."""
         training, greedy = self.model.training, sampling["temperature"] == 0
+        defaults, self.model.generation_config = self.model.generation_config, transformers.GenerationConfig()
         options = dict(do_sample=False) if greedy else dict(do_sample=True, num_return_sequences=copies, **sampling)
         sharded = any(hasattr(p, "ds_id") for p in self.model.parameters())  # ZeRO 3: all ranks gather, or none
         try:
@@ -1268,9 +1273,10 @@ class InferenceEngine:
                 torch.manual_seed(seed)
                 out = self.model.generate(
                     ids, attention_mask=mask, max_new_tokens=max_new_tokens, eos_token_id=eos.tolist() or None,
-                    pad_token_id=pad_token_id, repetition_penalty=1.0, **options, return_dict_in_generate=True,
-                    output_logits=greedy, output_scores=not greedy, synced_gpus=sharded)
+                    pad_token_id=pad_token_id, **options, return_dict_in_generate=True, output_logits=greedy,
+                    output_scores=not greedy, synced_gpus=sharded)
         finally:
+            self.model.generation_config = defaults
             self.model.train(training)
         responses = out.sequences[:, ids.size(1):]
         logits = torch.stack(out.logits if greedy else out.scores, 1).float()  # scores: after temperature, top-k, top-p

@@ -28,16 +28,16 @@ shift 2
 # hardware: how DeepSpeed starts the processes
 
 case $hardware in
-  cpu)       launch="deepspeed --num_accelerators 1"
+  cpu)       launch=(deepspeed --num_accelerators 1)
              export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=  # on a machine with GPUs too
              # idle OpenMP threads soon sleep: where other programs run, spinning ones make this 4 to 50 times slower
              export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} ;;
-  1gpu)      launch="deepspeed --num_gpus 1" ;;
-  1node)     launch="deepspeed" ;;
+  1gpu)      launch=(deepspeed --num_gpus 1) ;;
+  1node)     launch=(deepspeed) ;;
   multinode) hostfile=${HOSTFILE:-/job/hostfile}
              [ -e "$hostfile" ] || stop "multinode needs a hostfile with lines like 'host1 slots=8'; name it in HOSTFILE"
              hosts=$(awk 'NF && !/^#/ {print $1}' "$hostfile")
-             launch="deepspeed --hostfile $hostfile ${LAUNCHER_ARGS:-}"
+             launch=(deepspeed --hostfile "$hostfile" ${LAUNCHER_ARGS:-})
              # without these, ssh, and with it the launcher, waits for ever for a host that was cut off
              export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=15 -o ServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}" ;;
   *) stop "HARDWARE '$hardware' is unknown; accepted: cpu, 1gpu, 1node, multinode" ;;
@@ -50,7 +50,7 @@ esac
 out=output
 for ((i = 1; i <= $#; i++)); do
   case ${!i} in
-    --output_dir) next=$((i + 1)) out=${!next} ;;
+    --output_dir) next=$((i + 1)) out=${!next:-} ;;
     --output_dir=*) out=${!i}; out=${out#*=} ;;
   esac
 done
@@ -97,7 +97,7 @@ esac
 # the environment: the Python at hand if it has all that is needed, else .venv, made on the first run
 
 python=python3
-if ! $python -c '
+if ! "$python" -c '
 import torch, deepspeed, transformers, datasets, sentencepiece, accelerate, google.protobuf, peft, pytest
 assert int(transformers.__version__.split(".")[0]) >= 5' 2>/dev/null; then
   python=$here/.venv/bin/python
@@ -117,7 +117,7 @@ fi
 # several hosts: all have the same, in the same place
 
 if [ "${hosts:-}" ]; then
-  state="cd '$PWD' && ls '$($python -c 'import sys; print(sys.executable)')' &&
+  state="cd '$PWD' && ls '$("$python" -c 'import sys; print(sys.executable)')' &&
          cat '$here'/*.py '$here'/kernels/*.py '$here'/bench/*.py | cksum"
   mine=$(eval "$state")
   for host in $hosts; do
@@ -148,31 +148,32 @@ hand_out() {  # a model: to hosts that do not see this host's $out, told by the 
 # -----------------------------------------------------------------------------
 # the three stages; the first that fails ends the run
 
-config="--deepspeed_config $here/configs/$hardware.json"
+config=(--deepspeed_config "$here/configs/$hardware.json")
 if [ "$hardware" != multinode ]; then  # a port of its own, so that two runs on one host do not meet
-  launch+=" --master_port $($python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+  launch+=(--master_port "$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')")
 fi
 stage() {  # name, flags
   local name=$1 began=$SECONDS
   shift
-  echo; echo "=== $name: $launch $name.py $*"
-  $launch "$here/$name.py" "$@" &
-  # a SIGTERM to this script goes to the launcher's child, which hands it on to the ranks; with --save_steps they save
-  trap "kill \$(cat /proc/$!/task/$!/children)" TERM
+  echo; echo "=== $name: ${launch[*]} $name.py $*"
+  "${launch[@]}" "$here/$name.py" "$@" &
+  # a SIGTERM to this script goes to the launcher's child, which hands it on to the ranks (with --save_steps they save),
+  # or to the launcher while it has none; so does Ctrl-C, which a launcher in the background does not hear
+  trap "kill \$(cat /proc/$!/task/$!/children) 2> /dev/null || kill $!" TERM INT
   wait $! || wait $! || stop "$name.py failed; its last lines above say why"
   echo "=== $name took $((SECONDS - began)) s"
 }
-stage step1_sft $config --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-}
+stage step1_sft "${config[@]}" --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-}
 hand_out sft
-stage step2_reward $config --model_name_or_path "$critic" $data $reward "$@" ${STEP2_ARGS:-}
+stage step2_reward "${config[@]}" --model_name_or_path "$critic" $data $reward "$@" ${STEP2_ARGS:-}
 hand_out reward
-stage step3_ppo $config --actor_model_name_or_path "$actor" --critic_model_name_or_path "$scorer" $data $ppo "$@" ${STEP3_ARGS:-}
+stage step3_ppo "${config[@]}" --actor_model_name_or_path "$actor" --critic_model_name_or_path "$scorer" $data $ppo "$@" ${STEP3_ARGS:-}
 [ -z "$dry_run" ] || exit 0
 
 # -----------------------------------------------------------------------------
 # the numbers, from output/summary.json
 
-$python - "$out/summary.json" <<'PYTHON'
+"$python" - "$out/summary.json" <<'PYTHON'
 import json, sys
 summary = json.load(open(sys.argv[1]))
 print(f"\n{'stage':<8}{'seconds':>9}   held-out result        ({summary['model']} on {summary['hardware']}, seed {summary['seed']})")

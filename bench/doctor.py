@@ -54,7 +54,8 @@ def diagnose(history, clip=0.0):
         return {"not finite": f"{', '.join(broken[:3])} is not a finite number: the weights are lost. Start again with "
                               "a lower learning rate, or in bf16 or fp32 where this was fp16."}
     kl, kl_coef = column("objective/kl", slice(-30, None)), history[-1].get("objective/kl_coef", 1.0)
-    if n >= 5 and kl[-5:].mean() > (20 if kl_coef else 5):
+    much = max(20, 0.2 * last("response/length").mean()) if kl_coef else 5
+    if n >= 5 and kl[-5:].mean() > much:
         text = f"the KL to the reference is {kl[-5:].mean():.0f} nats a response"
         if kl_coef == 0:
             found["kl runs away"] = f"{text} and --kl_coef is 0: nothing holds the actor; set --kl_coef 0.05."
@@ -122,7 +123,7 @@ def compare(first, last):
                           "the reward's own measure. Lower --actor_learning_rate.")
     lengths, scores = last("response/length", 50), last("objective/scores", 50)
     was, now = first("response/length").mean(), lengths[-10:].mean()
-    if len(lengths) == 50 and now > 1.5 * was and np.corrcoef(lengths, scores)[0, 1] > 0.7:
+    if len(lengths) == 50 and now > 1.5 * was and scores.std() > 0 and np.corrcoef(lengths, scores)[0, 1] > 0.7:
         found["length"] = (f"answers grow with the score (from {was:.0f} to {now:.0f} tokens): the reward may be "
                            "paying for length. Read some, and see how length and preference go together in the pairs.")
     return found

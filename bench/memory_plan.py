@@ -17,6 +17,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from data import UsageError
 from hybrid_engine import (LoRALinear, add_lora, check_flags, compute_dtype, deepspeed_settings, parameter_count,
                            read_config)
 from kernels.decoder import FAMILIES
@@ -41,6 +42,8 @@ def empty_model(name_or_path, config, head="lm", trained=True):
     with torch.device("meta"):
         auto = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
         model = auto.from_config(shape)
+        if any(p.ndim == 3 for p in model.parameters()):  # transformers stacks the experts' matrices
+            raise UsageError(f"{name_or_path}: --dry_run does not know mixtures of experts.")
         return add_lora(model, config) if trained else model.requires_grad_(False)
 
 

@@ -20,12 +20,14 @@ def main(folders):
     for folder in folders:
         try:
             summaries.append(json.loads((Path(folder) / "summary.json").read_text()))
-            rows.append([summaries[-1][stage][name] for _, stage, name in COLUMNS])
+            rows.append([summaries[-1][stage].get(name) for _, stage, name in COLUMNS])
         except (OSError, ValueError, KeyError) as error:
             sys.exit(f"seeds.py: error: {folder} is no --output_dir of a run with all three stages done "
                      f"({type(error).__name__}: {error}).")
-    print("| seed |" + "".join(f" {title} |" for title, _, _ in COLUMNS) + " doctor |")
-    print("|---|" + "---:|" * len(COLUMNS) + "---|")
+    known = [i for i in range(len(COLUMNS)) if all(row[i] is not None for row in rows)]  # only the toy has a gold score
+    rows = [[row[i] for i in known] for row in rows]
+    print("| seed |" + "".join(f" {COLUMNS[i][0]} |" for i in known) + " doctor |")
+    print("|---|" + "---:|" * len(known) + "---|")
     for summary, row in zip(summaries, rows):
         said = len(summary["doctor"])
         print(f"| {summary['seed']} |" + "".join(f" {value:.3f} |" for value in row) + f" {said or 'nothing'} |")

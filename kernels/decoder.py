@@ -84,9 +84,12 @@ FAMILIES = {
 
 def attention_window(config, layer):
     """How many columns, its own included, a query of this layer sees; 0 for all."""
-    kinds = getattr(config, "attention_layers", None) or getattr(config, "layer_types", None)  # GPT-Neo; Qwen
-    size = getattr(config, "window_size", None) or getattr(config, "sliding_window", None)
-    return size or 0 if kinds is None or kinds[layer] in ("local", "sliding_attention") else 0
+    if config.model_type == "mistral":
+        return config.sliding_window or 0
+    if config.model_type == "gpt_neo":
+        return config.window_size if config.attention_layers[layer] == "local" else 0
+    qwen = config.model_type in ("qwen2", "qwen3")  # the others read no such setting, even where their config has one
+    return config.sliding_window if qwen and config.layer_types[layer] == "sliding_attention" else 0
 
 
 def attention_scale(config, layer, head_dim):
@@ -121,12 +124,18 @@ def why_unsupported(model):
     if config.model_type not in FAMILIES:
         return (f"model type {config.model_type!r} is not in kernels/decoder.py's FAMILIES "
                 f"({', '.join(sorted(FAMILIES))})")
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        return "it carries PEFT adapters: merge them into the weights first (merge_and_unload)"
+    if not all(p.is_floating_point() for p in model.parameters()):
+        return "its weights are quantised"
     family = FAMILIES[config.model_type]
     activation = getattr(config, family.activation, "gelu_new")
     if ALIASES.get(activation, activation) not in FORMS:
         return f"activation {activation!r} is not in kernels/activation.py ({', '.join([*FORMS, *ALIASES])})"
     if getattr(config, "apply_residual_connection_post_layernorm", False):
         return "its residual connection starts after the norm (apply_residual_connection_post_layernorm)"
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        return "its products are summed in pieces (slow_but_exact)"
     rope_type = getattr(getattr(attrgetter(family.trunk)(model), "rotary_emb", None), "rope_type", "default")
     if rope_type in ("dynamic", "longrope"):
         return f"rope type {rope_type!r} changes its frequencies with the length"

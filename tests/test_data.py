@@ -5,6 +5,7 @@ import csv
 import gzip
 import itertools
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -161,7 +162,28 @@ def test_blending_and_data_weights(tmp_path):
     assert set(sources[:60]) == {"a", "b", "c"}, "shuffled, not one source after the other"
 
 
-@pytest.mark.parametrize("weights", [[1], [1, 2, 3], [1, -1]])
+def test_blank_answers_are_no_pairs(tmp_path):
+    """A table cannot say that there is none: half the rows have no worse answer, or no better one."""
+    for blank in ("chosen", "rejected"):
+        rows = [{"prompt": f"What is {i}?", "chosen": "A number.", "rejected": "Go."} for i in range(40)]
+        for row in rows[::2]:
+            row[blank] = "  "
+        path = tmp_path / f"{blank}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        train, held = load_records(DataConfig(data_path=[str(path)], data_split="0,1,0"), 2, log=quiet)
+        assert 0 < len(train + held) <= 20 and all(r.chosen and r.rejected for r in train + held)
+
+
+def test_answers_that_are_no_text_are_refused_and_none_is_none():
+    pair = {"prompt": "Hi", "chosen": "Hello!", "rejected": None}
+    assert to_records([pair], "rows")[0][0].rejected is None
+    for wrong in ({"prompt": "Hi", "completion": []}, {"prompt": "Hi", "response": {"text": "Hello!"}},
+                  {"messages": [*user("Hi"), {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}):
+        with pytest.raises(UsageError, match="row 1.*do not hold text"):
+            to_records([wrong], "rows")
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 2, 3], [1, -1], [0, 0], [1, math.nan]])
 def test_data_weights_must_fit_the_sources(tmp_path, weights):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "response": "x"} for i in range(10)])
     with pytest.raises(UsageError, match="--data_weights"):
@@ -405,6 +427,32 @@ def test_other_templates(tmp_path):
                                     "{{ messages[-1].content }}")
     with pytest.raises(UsageError, match="no system.*--chat_template"):
         encode_answer(strict, [{"role": "system", "content": "Be brief."}, *user("Hi")], "x")
+
+
+def test_eos_is_what_ends_an_answer_in_the_template(tokenizer, tmp_path):
+    """As Gemma's <end_of_turn>, which is not its tokenizer's EOS: trained, sampled and scored up to the same token."""
+    turns = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}" \
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    other = load_tokenizer("tiny")
+    other.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    other.chat_template = turns
+    other.save_pretrained(tmp_path)
+    for loaded in (load_tokenizer(str(tmp_path)), load_tokenizer(str(tmp_path), turns)):
+        assert loaded.eos_token == "<|end|>" != tokenizer.eos_token and loaded.pad_token == tokenizer.pad_token
+        _, response = encode_answer(loaded, user("Hi"), "Hello!")
+        assert loaded.decode(response) == "Hello!<|end|>" and response[-1] == loaded.eos_token_id
+    assert load_tokenizer("tiny").eos_token == tokenizer.eos_token
+
+
+def test_a_blank_answer_under_a_template_that_closes_nothing():
+    """The line's end that opens the answer is the prompt's, also where nothing follows it."""
+    alpaca = load_tokenizer("tiny", "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n"
+                                    "{% if loop.last %}### Response:\n{% endif %}{% else %}### Response:\n{{ m.content }}"
+                                    "{% endif %}{% endfor %}")
+    for answer in ("", "Hello!"):
+        prompt, response = encode_answer(alpaca, user("Hi"), answer)
+        assert alpaca.decode(prompt) == "Hi\n### Response:\n" and alpaca.decode(response[:-1]).strip() == answer
+        assert response[-1] == alpaca.eos_token_id
 
 
 def test_cut_answers_lose_their_eos_and_are_counted(tokenizer):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
@@ -370,6 +371,10 @@ def test_unknown_families_go_through_hugging_face_and_say_so():
     torch.manual_seed(0)
     model = OlmoForCausalLM(OlmoConfig(vocab_size=101, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
                                        intermediate_size=52, pad_token_id=None, bos_token_id=None, eos_token_id=5))
+    # a model's own generation defaults are for its users; PPO learns from the policy itself
+    model.generation_config.update(min_p=0.3, suppress_tokens=list(range(40, 90)), no_repeat_ngram_size=1, num_beams=3,
+                                   repetition_penalty=2.0)
+    defaults = model.generation_config.to_dict()
     ids, mask = ragged_prompts()
     with pytest.warns(UserWarning, match="'olmo' is not in kernels/decoder.py.s FAMILIES"):
         engine = InferenceEngine(model.train())
@@ -380,7 +385,8 @@ def test_unknown_families_go_through_hugging_face_and_say_so():
                                   eos_token_id=list(range(30, 60)), pad_token_id=33)
         again = engine.generate(ids, mask, max_new_tokens=R, temperature=0.8, seed=1, num_return_sequences=2,
                                 eos_token_id=list(range(30, 60)), pad_token_id=33)
-    assert model.training
+    assert model.training and model.generation_config.to_dict() == defaults
+    model.generation_config = GenerationConfig()
     model.eval()
     assert greedy.tokens.shape == (5, P + R) and torch.equal(greedy.tokens[:, P:], hf_greedy(model, ids, mask))
     torch.testing.assert_close(greedy.logprobs, hf_logprobs(model, greedy.tokens, mask, P), atol=1e-4, rtol=0)
@@ -398,3 +404,25 @@ def test_what_the_decoder_cannot_run_of_a_known_family():
         InferenceEngine(small_model("bloom", apply_residual_connection_post_layernorm=True))
     with pytest.warns(UserWarning, match="activation"):
         InferenceEngine(small_model("opt", activation_function="mish"))
+    with pytest.warns(UserWarning, match="slow_but_exact"):
+        InferenceEngine(small_model("bloom", slow_but_exact=True, pretraining_tp=2))
+    peft = pytest.importorskip("peft")
+    adapted = small_model("llama")
+    adapted.add_adapter(peft.LoraConfig(init_lora_weights=False, target_modules=["q_proj", "up_proj"]))
+    ids, mask = ragged_prompts()
+    for model in (adapted, peft.get_peft_model(small_model("llama"), peft.LoraConfig(target_modules=["q_proj"]))):
+        with pytest.warns(UserWarning, match="PEFT adapters: merge"):
+            engine = InferenceEngine(model)
+        rollout = engine.generate(ids, mask, max_new_tokens=R, temperature=0)
+        torch.testing.assert_close(rollout.logprobs, hf_logprobs(model, rollout.tokens, mask, P), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("llama", dict(sliding_window=4)), ("gpt_neox", dict(sliding_window=4)), ("opt", dict(window_size=3)),
+    ("mistral", dict(layer_types=3 * ["full_attention"])), ("mistral", dict(sliding_window=None)),
+    ("qwen2", dict(use_sliding_window=False))])
+def test_windows_are_those_hugging_face_uses(name, changes):
+    """Llama reads no sliding_window, Mistral no layer_types: what only stands in a config must change nothing."""
+    model, (ids, mask) = small_model(name, **changes), ragged_prompts()
+    rollout = InferenceEngine(model).generate(ids, mask, max_new_tokens=R, temperature=0)
+    torch.testing.assert_close(rollout.logprobs, hf_logprobs(model, rollout.tokens, mask, P), atol=1e-4, rtol=0)

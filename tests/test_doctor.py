@@ -43,6 +43,8 @@ CASES = [  # kind, what the sentence names, metrics of the anomaly, of a lesser 
      dict(objective__kl=lambda t, noise: 14 * t)),
     ("kl runs away", "--actor_learning_rate", dict(objective__kl=lambda t, noise: 60 * (t > 0.5)),
      dict(objective__kl=lambda t, noise: 10 * (t > 0.5))),
+    ("kl runs away", "--kl_coef", dict(objective__kl=lambda t, noise: 80 * t, response__length=lambda t, noise: 256.0),
+     dict(objective__kl=lambda t, noise: 40 * t, response__length=lambda t, noise: 256.0)),  # 0.2 nats a token
     ("kl runs away", "--kl_coef is 0",
      dict(objective__kl=lambda t, noise: 8 * t, objective__kl_coef=lambda t, noise: 0.0),
      dict(objective__kl=lambda t, noise: 3 * t, objective__kl_coef=lambda t, noise: 0.0)),
@@ -123,3 +125,21 @@ def test_the_command(tmp_path):
             for flags in ([], ["--gradient_clipping", "0"])]
     assert "the actor's gradient has been clipped" in said[0] and "120 steps, 1 sentence(s)" in said[0]
     assert said[1] == "120 steps, no sentence(s)\n"
+
+
+def test_constant_scores_say_nothing(recwarn):
+    """A reward that is the same for every answer has no correlation with their length, and numpy is not asked for it."""
+    growing = history(objective__scores=lambda t, noise: 1.0, response__length=lambda t, noise: 10 + 30 * t)
+    assert "length" not in diagnose(growing) and not recwarn.list
+
+
+def test_seeds_side_by_side(tmp_path):
+    """Only the toy has gold scores; other runs have the other columns."""
+    for seed in (1, 2):
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / str(seed) / "summary.json").write_text(json.dumps({
+            "sft": {"perplexity": 2.0 * seed}, "reward": {"accuracy": 0.5}, "ppo": {"kl": 1.0, "win_rate": 0.5},
+            "seed": seed, "doctor": []}))
+    done = subprocess.run([sys.executable, Path(step3_ppo.__file__).with_name("bench") / "seeds.py", tmp_path / "1", tmp_path / "2"], text=True,
+                          capture_output=True, check=True)
+    assert "gold" not in done.stdout and "| mean ± sd | 3.000 ± 1.414 | 0.500 ± 0.000 |" in done.stdout

@@ -164,6 +164,16 @@ def test_every_row_is_used_once_an_epoch_and_in_another_order(trainer, monkeypat
             and len(set(map(tuple, epochs))) > 1)
 
 
+def test_each_rank_has_noise_of_its_own(trainer, monkeypatch):
+    """The same prompts, rollout and seed on another rank: other answers."""
+    rollouts = []
+    for rank in (0, 1, 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(step3_ppo.dist, "get_rank", lambda: rank)
+            rollouts.append(trainer.respond(trainer.engine.generator, ragged_prompts(trainer), 1, 1)[0].tokens)
+    assert torch.equal(rollouts[0], rollouts[2]) and not torch.equal(rollouts[0], rollouts[1])
+
+
 def test_a_rollout_that_no_whole_step_uses_up_is_refused(trainer):
     """The rest would wait in the gradients and be stepped with the next rollout's."""
     x = trainer.generate_experience(ragged_prompts(trainer, lengths=(1, 3, 7, 4, 2)))

@@ -176,6 +176,19 @@ def test_a_cut_checkpoint_is_skipped_and_the_run_is_still_the_same(folder, proce
     assert_same(result(folder / "cut-whole"), result(folder / "cut"))
 
 
+def test_a_run_may_be_moved_as_a_whole(folder, process_group, tmp_path):
+    """An earlier stage's model below --output_dir is the same wherever that lies; another model is not."""
+    resolved = {}
+    for place in ("here", "there"):
+        shutil.copytree(folder / "actor", tmp_path / place / "sft")
+        for name in (f"{place}/sft", "here/sft"):
+            flags = config(step1_sft, tmp_path, place, model_name_or_path=str(tmp_path / name),
+                           data_path=[str(folder / "rows.jsonl")], deepspeed_config=str(folder / "ds.json"))
+            resolved[place, name] = hybrid_engine.resolved_config(flags, "sft")
+    assert hybrid_engine.changed_flag(resolved["here", "here/sft"], resolved["there", "there/sft"]) is None
+    assert "model_name_or_path" in hybrid_engine.changed_flag(resolved["here", "here/sft"], resolved["there", "here/sft"])
+
+
 def test_a_full_disk_ends_in_a_sentence_and_spoils_nothing(folder, process_group, monkeypatch, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     train(step2_reward, folder, "full-whole")

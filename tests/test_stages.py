@@ -55,8 +55,10 @@ def test_leaves_the_promised_folders_and_numbers(output):
 
 
 def test_a_dry_run_plans_all_three_stages_and_writes_nothing(tmp_path):
-    text = run("bash", ROOT / "run_all.sh", "tiny", "cpu", "--dry_run", cwd=tmp_path)
-    assert text.count("memory plan") == 3 and not list(tmp_path.iterdir())
+    checkout, place = tmp_path / "a checkout", tmp_path / "here"  # with a space in its name
+    checkout.symlink_to(ROOT), place.mkdir()
+    text = run("bash", checkout / "run_all.sh", "tiny", "cpu", "--dry_run", cwd=place)
+    assert text.count("memory plan") == 3 and not list(place.iterdir())
 
 
 def test_folders_load_in_a_process_without_this_repo(output, tmp_path):
