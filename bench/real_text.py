@@ -15,7 +15,8 @@ which is what step3_ppo.py --reward_fn model1 model2 ... makes of several. The b
 training pairs and tested on the very same held-out ones (data.load_records; each of --seeds holds out a tenth).
 It reads answers alone; so do the reward models of rasbt and hh, by a chat template that leaves the prompt out: with so
 few pairs models of this size do no better with it. All templates begin with 40 tokens that are always the same: what
-two answers share cancels between them only in sums, attention takes means, and beside 40 constants a mean is nearly one.
+two answers share cancels between them only in sums; attention takes means, and beside 40 constants they are nearly
+sums.
 
 Stories: step3_ppo.py trains stories260K with bench/sad_reward.py as its reward. Before and after, samples on held-out
 openings are scored, and read by the untouched model: its perplexity of them says whether they are still stories.

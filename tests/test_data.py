@@ -447,8 +447,8 @@ def test_eos_is_what_ends_an_answer_in_the_template(tokenizer, tmp_path):
 def test_a_blank_answer_under_a_template_that_closes_nothing():
     """The line's end that opens the answer is the prompt's, also where nothing follows it."""
     alpaca = load_tokenizer("tiny", "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n"
-                                    "{% if loop.last %}### Response:\n{% endif %}{% else %}### Response:\n{{ m.content }}"
-                                    "{% endif %}{% endfor %}")
+                                    "{% if loop.last %}### Response:\n{% endif %}{% else %}### Response:\n"
+                                    "{{ m.content }}{% endif %}{% endfor %}")
     for answer in ("", "Hello!"):
         prompt, response = encode_answer(alpaca, user("Hi"), answer)
         assert alpaca.decode(prompt) == "Hi\n### Response:\n" and alpaca.decode(response[:-1]).strip() == answer

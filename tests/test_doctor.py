@@ -128,7 +128,7 @@ def test_the_command(tmp_path):
 
 
 def test_constant_scores_say_nothing(recwarn):
-    """A reward that is the same for every answer has no correlation with their length, and numpy is not asked for it."""
+    """A reward that is the same for every answer has no correlation with their length; numpy is not asked for it."""
     growing = history(objective__scores=lambda t, noise: 1.0, response__length=lambda t, noise: 10 + 30 * t)
     assert "length" not in diagnose(growing) and not recwarn.list
 
@@ -140,6 +140,7 @@ def test_seeds_side_by_side(tmp_path):
         (tmp_path / str(seed) / "summary.json").write_text(json.dumps({
             "sft": {"perplexity": 2.0 * seed}, "reward": {"accuracy": 0.5}, "ppo": {"kl": 1.0, "win_rate": 0.5},
             "seed": seed, "doctor": []}))
-    done = subprocess.run([sys.executable, Path(step3_ppo.__file__).with_name("bench") / "seeds.py", tmp_path / "1", tmp_path / "2"], text=True,
-                          capture_output=True, check=True)
+    script = Path(step3_ppo.__file__).with_name("bench") / "seeds.py"
+    done = subprocess.run([sys.executable, script, tmp_path / "1", tmp_path / "2"], text=True, capture_output=True,
+                          check=True)
     assert "gold" not in done.stdout and "| mean ± sd | 3.000 ± 1.414 | 0.500 ± 0.000 |" in done.stdout

@@ -186,7 +186,8 @@ def test_a_run_may_be_moved_as_a_whole(folder, process_group, tmp_path):
                            data_path=[str(folder / "rows.jsonl")], deepspeed_config=str(folder / "ds.json"))
             resolved[place, name] = hybrid_engine.resolved_config(flags, "sft")
     assert hybrid_engine.changed_flag(resolved["here", "here/sft"], resolved["there", "there/sft"]) is None
-    assert "model_name_or_path" in hybrid_engine.changed_flag(resolved["here", "here/sft"], resolved["there", "here/sft"])
+    other = hybrid_engine.changed_flag(resolved["here", "here/sft"], resolved["there", "here/sft"])
+    assert "model_name_or_path" in other
 
 
 def test_a_full_disk_ends_in_a_sentence_and_spoils_nothing(folder, process_group, monkeypatch, capsys):
