@@ -1095,33 +1095,6 @@ class Rollout:
     mask: torch.Tensor      # (B, R) float32: 1 on response tokens up to and including EOS, 0 after
 
 
-def sample_answers(model, tokenizer, records, config, batch_size=64):
-    """
-    Has a language model answer held-out prompts, prints three of them -> mean over all ranks of the task's exact marks,
-    None where it has none; then three prompts do. Prompts over --max_prompt_seq_len are left out. Collective.
-    """
-    scorer, rank = gold_scorer(config), dist.get_rank()
-    records = records if scorer else records[:3]
-    ids = encode_prompts(tokenizer, [record.prompt for record in records])[1]
-    items = [{"input_ids": row, "record": record} for row, record in zip(ids, records)
-             if len(row) <= config.max_prompt_seq_len]
-    items = rank_share(items, rank, dist.get_world_size())
-    engine, collate, answered = InferenceEngine(model), Collator(3, tokenizer.pad_token_id), []
-    for start in range(0, len(items), batch_size):
-        batch = collate(items[start:start + batch_size])
-        inputs = to_device(batch)
-        rollout = engine.generate(inputs["input_ids"], inputs["attention_mask"], config.max_answer_seq_len,
-                                  seed=config.seed + rank, eos_token_id=model.generation_config.eos_token_id,
-                                  pad_token_id=tokenizer.pad_token_id)
-        answered += zip(batch["records"], decode_answers(tokenizer, rollout))
-    print_answers(answered)
-    return mean([scorer(record, answer) for record, answer in answered]) if scorer else None
-
-
-def print_answers(answered):
-    print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
-
-
 class InferenceEngine:
     """
     Generates with the weights of `model`, a Hugging Face causal LM, as they are at each call.
@@ -1284,3 +1257,33 @@ class InferenceEngine:
         if greedy:
             responses, logprobs = responses.repeat_interleave(copies, 0), logprobs.repeat_interleave(copies, 0)
         return responses, logprobs.nan_to_num(neginf=0.0)  # after its end a row holds padding, of any probability
+
+
+# -----------------------------------------------------------------------------
+# what a trained model says
+
+def sample_answers(model, tokenizer, records, config, batch_size=64):
+    """
+    Has a language model answer held-out prompts, prints three of them -> mean over all ranks of the task's exact marks,
+    None where it has none; then three prompts do. Prompts over --max_prompt_seq_len are left out. Collective.
+    """
+    scorer, rank = gold_scorer(config), dist.get_rank()
+    records = records if scorer else records[:3]
+    ids = encode_prompts(tokenizer, [record.prompt for record in records])[1]
+    items = [{"input_ids": row, "record": record} for row, record in zip(ids, records)
+             if len(row) <= config.max_prompt_seq_len]
+    items = rank_share(items, rank, dist.get_world_size())
+    engine, collate, answered = InferenceEngine(model), Collator(3, tokenizer.pad_token_id), []
+    for start in range(0, len(items), batch_size):
+        batch = collate(items[start:start + batch_size])
+        inputs = to_device(batch)
+        rollout = engine.generate(inputs["input_ids"], inputs["attention_mask"], config.max_answer_seq_len,
+                                  seed=config.seed + rank, eos_token_id=model.generation_config.eos_token_id,
+                                  pad_token_id=tokenizer.pad_token_id)
+        answered += zip(batch["records"], decode_answers(tokenizer, rollout))
+    print_answers(answered)
+    return mean([scorer(record, answer) for record, answer in answered]) if scorer else None
+
+
+def print_answers(answered):
+    print0(*(f"\n  {record.prompt[-1]['content'][-300:]}\n  -> {answer}" for record, answer in answered[:3]), sep="\n")
