@@ -168,6 +168,7 @@ def test_options_are_checked():
         sample(torch.zeros(2, 3), torch.zeros(3))
 
 
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernel's caller would have to wait for its answer")
 def test_logits_that_are_no_numbers_are_named():
     with pytest.raises(FloatingPointError, match="NaN"):
         sample(torch.full((2, 300), float("nan")), torch.rand(2))
