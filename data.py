@@ -386,8 +386,9 @@ def load_records(config, stage, log=print):
         records, _ = to_records(rows, source)
         able = sum(map(usable, records))
         if len({questions(r)[-1] for r in records if usable(r)}) < 2 and len(config.data_path) == 1:
-            raise UsageError(f"{source}: {able} of {len(rows)} rows have {needs}, which this stage needs; "
-                             "two different prompts at least are needed, since one in ten is held out.")
+            raise UsageError(f"{source}: {able} of {len(rows)} rows have {needs}, which this stage needs; " + (
+                "two different prompts at least are needed, since one in ten is held out." if able else
+                "--data_split 1,0,0 gives all rows to SFT, where demonstrations alone are enough."))
         # all rows are dealt, then those that the stage cannot use go: which rows are whose must not depend on the stage
         if test_rows:
             test = to_records(test_rows, source)[0]
@@ -432,6 +433,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}")
 
 
+def check_local(name_or_path):
+    """Raises UsageError for what must be a folder here and is none: the hub would be asked for it, for a minute."""
+    path = Path(name_or_path).expanduser()
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
+        there = sorted(child.name for child in path.parent.iterdir()) if path.parent.is_dir() else []
+        raise UsageError(f"{name_or_path}: no such folder" + (f"; {path.parent} holds {', '.join(there[:8])}." if there
+                                                              else "."))
+
+
 def load_tokenizer(name_or_path, chat_template=""):
     """
     The tokenizer of a model folder, hub name or the preset `tiny`, left as it is but for three things: a pad token that
@@ -442,6 +452,7 @@ def load_tokenizer(name_or_path, chat_template=""):
     if name_or_path == "tiny":
         tokenizer = copy.deepcopy(toy_tokenizer())  # that one is cached; its template may differ from call to call
     else:
+        check_local(name_or_path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
@@ -844,13 +855,14 @@ def main():
         model_name_or_path: str = flag("tiny", "whose tokenizer to use")
 
     config = parse_config(Config, __doc__)
-    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+    tokenizer, errors = load_tokenizer(config.model_name_or_path, config.chat_template), []
     for stage, name in ((1, "SFT"), (2, "reward model"), (3, "PPO")):
         try:
             records, held = load_records(config, stage)
         except UsageError as error:
-            if stage == 3:  # it needs prompts alone; without them the data are of no use
-                raise
+            errors.append(error)
+            if len(errors) == 3:  # the data are of no use to any
+                raise errors[0]
             print(f"\n=== stage {stage}, {name}: {error}")
             continue
         longest = config.max_prompt_seq_len if stage == 3 else config.max_seq_len

@@ -55,8 +55,8 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
-from data import (Collator, UsageError, decode_answers, encode_prompts, first_line, flag, gold_scorer, one_sentence,
-                  parse_config, rank_share)
+from data import (Collator, UsageError, check_local, decode_answers, encode_prompts, first_line, flag, gold_scorer,
+                  one_sentence, parse_config, rank_share)
 from kernels.decoder import FAMILIES, Decoder, KVCache, why_unsupported
 from kernels.logprob import linear_logprobs, token_logprobs
 from kernels.sampling import sample
@@ -451,6 +451,7 @@ def load_model(name_or_path, tokenizer, settings, tokens, head="lm", score_from_
 
 def read_config(name_or_path):
     """The Hugging Face config of a folder, a hub name or `tiny`."""
+    check_local(name_or_path)
     try:
         return AutoConfig.from_pretrained(HERE / "configs" / "tiny.json" if name_or_path == "tiny" else name_or_path)
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 stop() { echo "run_all.sh: error: $*" >&2; exit 2; }
 
+case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 [ "${1:-}" = setup ] && set -- tiny cpu && setup_only=1
 [ $# -ge 2 ] || stop "usage: bash run_all.sh MODEL HARDWARE [flags]; for example: bash run_all.sh tiny cpu"
 model=$1 hardware=$2
@@ -54,6 +55,9 @@ for ((i = 1; i <= $#; i++)); do
     --output_dir=*) out=${!i}; out=${out#*=} ;;
   esac
 done
+case " ${STEP1_ARGS:-} ${STEP2_ARGS:-} ${STEP3_ARGS:-} " in
+  *" --output_dir"*) stop "--output_dir is for all three stages, which read each other's models: give it to run_all.sh" ;;
+esac
 data="--data_path Dahoas/rm-static"
 critic=facebook/opt-350m
 sft="--learning_rate 9.65e-6" reward="--learning_rate 5e-5 --weight_decay 0.1"
@@ -159,7 +163,7 @@ stage() {  # name, flags
   "${launch[@]}" "$here/$name.py" "$@" &
   # a SIGTERM to this script goes to the launcher's child, which hands it on to the ranks (with --save_steps they save),
   # or to the launcher while it has none; so does Ctrl-C, which a launcher in the background does not hear
-  trap "kill \$(cat /proc/$!/task/$!/children) 2> /dev/null || kill $!" TERM INT
+  trap "kill \$(cat /proc/$!/task/$!/children) 2> /dev/null || kill $! 2> /dev/null" TERM INT
   wait $! || wait $! || stop "$name.py failed; its last lines above say why"
   echo "=== $name took $((SECONDS - began)) s"
 }

@@ -37,6 +37,7 @@ import inspect
 import json
 import sys
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +213,12 @@ def call_reward_function(name, function, records, answers):
     except TypeError as error:
         raise UsageError(f"--reward_fn {name} must take (prompts, completions, **columns), and the data's columns are "
                          f"{', '.join(columns)}: {error}.") from error
-    returned = function(prompts=prompts, completions=completions, **columns)
+    try:
+        returned = function(prompts=prompts, completions=completions, **columns)
+    except Exception as error:  # whatever a user's function raises
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise UsageError(f"--reward_fn {name} failed in {place.filename}, line {place.lineno}: {type(error).__name__}: "
+                         f"{error}. The columns it was given: {', '.join(columns)}.") from error
     try:
         scores = torch.tensor([float(score) for score in returned])
     except (TypeError, ValueError):
@@ -604,6 +610,10 @@ def main(config):
     unsupervised = None
     if config.unsupervised_data_path:  # as much text in an optimizer step as there are answers
         chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len, log=print0)
+        if len(chunks) < minibatch_rows * world:
+            raise UsageError(f"--unsupervised_data_path: {len(chunks)} chunks of --max_seq_len {config.max_seq_len} "
+                             f"tokens do not fill one optimizer step of {minibatch_rows * world}; lower --max_seq_len, "
+                             "or give more text.")
         text_loader = make_dataloader(chunks, MicroBatches(Collator(1, tokenizer.pad_token_id), parts), minibatch_rows,
                                       config.seed, rank, world)
         each = config.ppo_epochs * updates

@@ -230,7 +230,7 @@ def check_preference(engine, records, args):
         count += len(part)
     right, count = all_sum(right, count)
     accuracy = right / count
-    return accuracy < 0.5 + 1 / count**0.5 and (
+    return accuracy < (0.5 + 1 / count**0.5 if count >= 32 else 0.5) and (  # fewer can hardly tell
         f"the reward model prefers the chosen answer in {accuracy:.2f} of {count:.0f} held-out pairs, a coin in 0.5: "
         f"{engine.reward.model.config.name_or_path} is not trained for these data (step2_reward.py prints its held-out "
         "accuracy), or reads them by another chat template."), accuracy <= 0.5 and count >= 32

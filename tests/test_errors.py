@@ -55,6 +55,8 @@ CASES = {  # name: (command line, what the sentence must name)
                                     ["chat template"]),
     "python data.py": ("data.py --data_path missing.jsonl", ["missing.jsonl does not exist"]),
     # models
+    "a folder with a letter missing": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path folder/sf",
+                                       ["folder/sf: no such folder", "notes.txt"]),
     "no such model": ("step1_sft.py --model_name_or_path nowhere", ["nowhere", "tokenizer"]),
     "folder without weights": ("step1_sft.py --data_path answers.jsonl SMALL --model_name_or_path no_weights",
                                ["no_weights", "weights"]),
@@ -140,6 +142,9 @@ CASES = {  # name: (command line, what the sentence must name)
                                       ["nowhere.py", "--reward_fn"]),
     "no text to mix in": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
                           "--data_path answers.jsonl BATCH --unsupervised_data_path nowhere.txt", ["nowhere.txt"]),
+    "text for less than a step": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                                  "--data_path answers.jsonl BATCH --unsupervised_data_path long.txt --max_seq_len 64",
+                                  ["--unsupervised_data_path", "chunks of --max_seq_len 64"]),
     "too little text to mix in": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
                                   "--data_path answers.jsonl BATCH --unsupervised_data_path notes.txt",
                                   ["notes.txt"]),
@@ -187,7 +192,7 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
             "answers.jsonl": "\n".join(lines), "more.jsonl": "\n".join(lines),
             "malformed.jsonl": "\n".join([*lines[:2], '{"prompt": "a",', *lines]),
             "malformed.json": '[\n{"prompt": "a"},\n{"prompt" "b"}]', "numbers.json": "[1, 2]",
-            "list.json": "[1, 2]", "notes.txt": "Hello!", "cut.jsonl.gz": compressed[:len(compressed) // 2],
+            "list.json": "[1, 2]", "notes.txt": "Hello!", "long.txt": 60 * "Hello! ", "cut.jsonl.gz": compressed[:len(compressed) // 2],
             "no.parquet": "Hello!", "ragged.csv": 'prompt,response\nHi,Hello\nHi,Hello, you\n',
             "columns.jsonl": '{"ask": "Hi", "reply": "Hello"}',
             "nulls.jsonl": lines[0] + '\n{"prompt": null, "response": "x"}\n', "empty.jsonl": "\n",
@@ -276,3 +281,9 @@ def test_run_all_says_which_python_it_needs(tmp_path):
                           stderr=subprocess.STDOUT, env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"})
     assert_one_sentence(done.returncode, done.stdout, "run_all.sh", ["Python 3.9.1", "3.11"])
     assert not (tmp_path / ".venv").exists()
+
+
+def test_run_all_keeps_the_stages_together(run_script):
+    """They read each other's models below one --output_dir."""
+    code, output = run_script("run_all.sh", "tiny", "cpu", env={"STEP1_ARGS": "--output_dir elsewhere"})
+    assert_one_sentence(code, output, "run_all.sh", ["--output_dir", "all three stages"])

@@ -38,6 +38,8 @@ def nan(prompts, completions, **columns):
     return [float("nan")] + (len(prompts) - 1) * [1.0]
 def no_columns(prompts, completions):
     return len(prompts) * [1.0]
+def typo(prompts, completions, **columns):
+    return columns["solutoin"]
 def another(prompts, completions, answer, **columns):
     return len(prompts) * [1.0]
 '''
@@ -204,6 +206,7 @@ def test_where_the_critic_starts(make_trainer, place, tmp_path, monkeypatch, cap
 # what can be wrong
 
 @pytest.mark.parametrize("name, said", [
+    ("typo", "failed in .*my.py, line [0-9]+: KeyError: 'solutoin'.*solution"),
     ("short", "a list of 4 numbers.*list"), ("number", "a list of 4 numbers.*float 1.0"),
     ("words", "a list of 4 numbers.*good"),
     ("nan", "nan gave 1 scores.*NaN"), ("no_columns", r"must take \(prompts, completions, \*\*columns\).*solution"),
