@@ -902,7 +902,8 @@ class Checkpoints:
         """Looks for what --resume goes on from; raises UsageError where other flags made it."""
         self.config, self.section, self.folder = config, section, Path(config.output_dir) / STAGES[section]
         self.began, self.terminated, self.runner = time.time(), False, None
-        self.resolved = resolved_config(config, section)  # now: files that change while it runs are not what it read
+        # now, and once: files that change while it runs are not what it read
+        self.resolved = on_rank0(lambda: resolved_config(config, section))
         self.finished, self.manifest = on_rank0(self._find)
         self.done, self.seconds = (self.manifest["step"], self.manifest["seconds"]) if self.manifest else (0, 0.0)
 
@@ -1265,8 +1266,9 @@ class InferenceEngine:
 
 def sample_answers(model, tokenizer, records, config, batch_size=64):
     """
-    Has a language model answer held-out prompts, prints three of them -> mean over all ranks of the task's exact marks,
-    None where it has none; then three prompts do. Prompts over --max_prompt_seq_len are left out. Collective.
+    Has a language model answer held-out prompts and prints three of them -> mean over all ranks of the task's exact
+    marks. A task without marks: three prompts are enough, and None comes back. Prompts over --max_prompt_seq_len are
+    left out. Collective.
     """
     scorer, rank = gold_scorer(config), dist.get_rank()
     records = records if scorer else records[:3]
@@ -1276,9 +1278,8 @@ def sample_answers(model, tokenizer, records, config, batch_size=64):
     items = rank_share(items, rank, dist.get_world_size())
     engine, collate, answered = InferenceEngine(model), Collator(3, tokenizer.pad_token_id), []
     for start in range(0, len(items), batch_size):
-        batch = collate(items[start:start + batch_size])
-        inputs = to_device(batch)
-        rollout = engine.generate(inputs["input_ids"], inputs["attention_mask"], config.max_answer_seq_len,
+        batch = to_device(collate(items[start:start + batch_size]))
+        rollout = engine.generate(batch["input_ids"], batch["attention_mask"], config.max_answer_seq_len,
                                   seed=config.seed + rank, eos_token_id=model.generation_config.eos_token_id,
                                   pad_token_id=tokenizer.pad_token_id)
         answered += zip(batch["records"], decode_answers(tokenizer, rollout))

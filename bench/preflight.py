@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import Collator, UsageError, encode_records, load_tokenizer, pad, rank_share
+from data import Collator, UsageError, encode_records, load_tokenizer, pad, rank_share, render
 from hybrid_engine import all_sum, device, last_token, print0, to_device
 
 NOISE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}  # mean nats between two ways to one number
@@ -96,14 +96,13 @@ def check_text(engine, batch, args):
     unopened = unlike = 0
     for record, ids, real in zip(batch["records"], batch["input_ids"], batch["attention_mask"].bool()):
         dialogue = record.prompt + [{"role": "assistant", "content": "~~~"}]
-        closed, text = (tokenizer.apply_chat_template(record.prompt, tokenize=False, add_generation_prompt=generation)
-                        for generation in (False, True))
-        whole = tokenizer.apply_chat_template(dialogue, tokenize=False)
+        closed, whole = render(tokenizer, [record.prompt, dialogue])
+        text, = render(tokenizer, [record.prompt], open_answer=True)
         opening = whole[:whole.rindex("~~~")]  # all that the model has seen before an answer's first word
         # some templates' user turns end in what opens the answer, others add more to open it than the dialogue shows
         bare = text == closed and opening.startswith(text) and opening[len(text):].strip()
         unopened += bool(bare) or ids[real].tolist() != tokenizer(text, add_special_tokens=False).input_ids
-        unlike += reader.apply_chat_template(dialogue, tokenize=False) != whole
+        unlike += render(reader, [dialogue]) != [whole]
     unopened, unlike, rows = all_sum(unopened, unlike, len(batch["records"]))
     if unopened:
         return (f"{unopened:.0f} of {rows:.0f} prompts do not end with the words that open the assistant's turn, so "
