@@ -13,9 +13,10 @@ Reward models: for each data set a vocabulary is taken from its training text an
 step2_reward.py trains through its command line. They are tested one by one, and as the sum of their normalised scores,
 which is what step3_ppo.py --reward_fn model1 model2 ... makes of several. The baseline is fitted on the very same
 training pairs and tested on the very same held-out ones (data.load_records; each of --seeds holds out a tenth).
-It reads answers alone; so do the reward models of rasbt and hh, by a chat template that leaves the prompt out: with so
-few pairs models of this size do no better with it. All templates begin with 40 tokens that are always the same: what
-two answers share cancels between them only in sums; attention takes means, and beside 40 constants they are nearly
+It reads answers alone, and so do the reward models: with so few pairs models of this size do no better with the
+question. Only TruthfulQA's are told of it what attention cannot learn from 12,000 pairs: the chat template writes an
+answer's words in capitals where the question has them too. All templates begin with 40 tokens that are always the same:
+what two answers share cancels between them only in sums; attention takes means, and beside 40 constants they are nearly
 sums.
 
 Stories: step3_ppo.py trains stories260K with bench/sad_reward.py as its reward. Before and after, samples on held-out
@@ -52,7 +53,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification
 
 from bench.sad_reward import sadder
-from data import ASSISTANT, HUMAN, Collator, DataConfig, decode_answers, encode_records, load_records, load_tokenizer
+from data import Collator, DataConfig, decode_answers, encode_records, load_records, load_tokenizer, render
 from hybrid_engine import InferenceEngine, LanguageModel, RewardModel
 from step2_reward import pair_scores
 
@@ -124,21 +125,23 @@ def baseline_accuracy(train, held, penalty):
 # -----------------------------------------------------------------------------
 # a small model of our own
 
-def make_model(folder, records, seed, vocabulary=8000, width=128, positions=1024):
+def make_model(folder, records, template, seed, vocabulary=10000, width=64, positions=1024):
     """
-    A random reward model, a Llama of one layer with the records' commonest lower-case words as its tokens, as a Hugging
-    Face folder. One layer, since two overfit a few thousand pairs; words, since pieces of them do no better.
+    A random reward model, a Llama of one layer with the commonest words of the records as `template` renders them as
+    its tokens, as a Hugging Face folder. One layer, since two overfit a few thousand pairs; words, since pieces of them
+    do no better.
     """
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # words, and punctuation marks one by one
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    texts = [HUMAN + message["content"] for record in records for message in record.prompt]
-    texts += [f"{ASSISTANT} {answer}" for record in records for answer in (record.chosen, record.rejected)]
-    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=vocabulary, special_tokens=special,
-                                                                   show_progress=False))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
-                                                     eos_token="</s>", pad_token="<pad>")
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.normalizer = normalizers.NFKC()
+    words.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # words, and punctuation marks one by one
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    dialogues = [[*record.prompt, {"role": "assistant", "content": answer}] for record in records
+                 for answer in (record.chosen, record.rejected)]
+    texts = render(transformers.PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **special),
+                   dialogues)
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(
+        vocab_size=vocabulary, special_tokens=list(special.values()), show_progress=False))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template, **special)
     torch.manual_seed(seed)
     model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=1,
@@ -250,10 +253,10 @@ def accuracy(margins):
 
 def reward_part(args, work, name):
     """Reward models and baselines of one data set, one split after the other -> table lines."""
-    source, penalty, flags = {
-        "hh": (f"{args.data}/hh_rlhf/harmless-base/test.jsonl.gz", 100, HH_FLAGS),
-        "rasbt": (f"{args.data}/rasbt/instruction-data-with-preference.json", 1, RASBT_FLAGS),
-        "truthfulqa": (f"{args.data}/truthfulqa/finetune_truth.jsonl.gz", 3, TRUTHFULQA_FLAGS)}[name]
+    source, penalty, template, flags = {
+        "hh": (f"{args.data}/hh_rlhf/harmless-base/test.jsonl.gz", 20, ANSWER, HH_FLAGS),
+        "rasbt": (f"{args.data}/rasbt/instruction-data-with-preference.json", 1, ANSWER, RASBT_FLAGS),
+        "truthfulqa": (f"{args.data}/truthfulqa/finetune_truth.jsonl.gz", 3, MARKED_ANSWER, TRUTHFULQA_FLAGS)}[name]
     if name == "truthfulqa":
         source = truthfulqa_pairs(source, work / "truthfulqa.jsonl")
     lines = ["| split | training pairs | held-out pairs | baseline | one reward model | their sum | parameters | "
@@ -271,7 +274,7 @@ def reward_part(args, work, name):
         for member in range(args.models_summed):
             base, out = folder / f"base{member}", folder / f"run{member}"
             if not base.exists():
-                make_model(base, train_records, member)
+                make_model(base, train_records, template, member)
             command, summary = train("step2_reward.py", out, "reward", "--model_name_or_path", base, "--data_path",
                                      folder, "--data_split", "0,1,0", "--max_eval_samples", 10**6, "--max_seq_len",
                                      1024, "--seed", member, *flags)
@@ -295,12 +298,16 @@ def reward_part(args, work, name):
 # all parts
 
 EVEN = "{{ bos_token }}{{ '. ' * 40 }}"
-ANSWER_ALONE = EVEN + "{% if messages[-1].role == 'assistant' %}{{ messages[-1].content }}{% endif %}"
+ANSWER = EVEN + "{% if messages[-1].role == 'assistant' %}{{ messages[-1].content | lower }}{% endif %}"
+MARKED_ANSWER = EVEN + """{% if messages[-1].role == 'assistant' %}
+{% set question = ' ' ~ messages[0].content | lower | replace('?', ' ') | replace(',', ' ') ~ ' ' %}
+{% for word in messages[-1].content.lower().split() %}
+{{ (word | upper if ' ' ~ word.strip('.,') ~ ' ' in question else word) ~ ' ' }}
+{% endfor %}{% endif %}""".replace("\n", "")
 RECIPE = "--learning_rate 1e-3 --num_warmup_steps 20 --num_train_epochs {} --per_device_train_batch_size {}"
-RASBT_FLAGS = [*RECIPE.format(3, 8).split(), "--chat_template", ANSWER_ALONE]
-HH_FLAGS = [*RECIPE.format(2, 8).split(), "--chat_template", ANSWER_ALONE]
-TRUTHFULQA_FLAGS = [*RECIPE.format(1, 32).split(), "--chat_template",
-                    "{{ bos_token * 40 }}{% for message in messages %}{{ message.content }}{{ bos_token }}{% endfor %}"]
+RASBT_FLAGS = RECIPE.format(3, 8).split()
+HH_FLAGS = RECIPE.format(2, 8).split()
+TRUTHFULQA_FLAGS = RECIPE.format(1, 32).split()
 PPO_FLAGS = ("--max_prompt_seq_len 64 --max_answer_seq_len 64 --per_device_generation_batch_size 32 "
              "--per_device_train_batch_size 16 --ppo_epochs 2 --max_steps 40 --actor_learning_rate 1.5e-4 "
              "--critic_learning_rate 1e-3 --num_warmup_steps 5 --kl_coef 0.05").split()
@@ -343,6 +350,7 @@ def main():
     parser.add_argument("--work", type=Path, help="keep the models here; default: a temporary folder")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     versions = " ".join(f"{module.__name__} {module.__version__}" for module in (torch, deepspeed, transformers))
     where = (f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} thread(s), "
              f"load {os.getloadavg()[0]:.0f}; python {platform.python_version()} {versions}.")
