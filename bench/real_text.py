@@ -309,7 +309,7 @@ RASBT_FLAGS = RECIPE.format(3, 8).split()
 HH_FLAGS = RECIPE.format(2, 8).split()
 TRUTHFULQA_FLAGS = RECIPE.format(1, 32).split()
 PPO_FLAGS = ("--max_prompt_seq_len 64 --max_answer_seq_len 64 --per_device_generation_batch_size 32 "
-             "--per_device_train_batch_size 16 --ppo_epochs 2 --max_steps 40 --actor_learning_rate 1.5e-4 "
+             "--per_device_train_batch_size 16 --ppo_epochs 2 --max_steps 100 --actor_learning_rate 1.5e-4 "
              "--critic_learning_rate 1e-3 --num_warmup_steps 5 --kl_coef 0.05").split()
 
 

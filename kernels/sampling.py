@@ -12,7 +12,7 @@ ones.
 One uniform a row decides the draw, so a seed reproduces it. torch.multinomial draws B*V exponentials instead (16 x
 50,272 on one CPU core: 13 ms) and top-p is usually had by sorting the vocabulary with its indices (53 ms). Here the
 sums are taken in two levels: block sums of the whole row, then running sums over the blocks and inside one block only
-(0.7 ms); top-p's edge is found from a sorted sample, and only its surroundings are sorted (2 ms more).
+(0.7 ms); top-p's edge is found from a sorted sample, and only its surroundings are sorted (about 1.6 ms more).
 The Triton form reads the row twice; with top-k or top-p 16 times more, since it finds the edge's bit pattern two bits
 at a time.
 
