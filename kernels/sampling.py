@@ -12,7 +12,7 @@ ones.
 One uniform a row decides the draw, so a seed reproduces it. torch.multinomial draws B*V exponentials instead (16 x
 50,272 on one CPU core: 13 ms) and top-p is usually had by sorting the vocabulary with its indices (53 ms). Here the
 sums are taken in two levels: block sums of the whole row, then running sums over the blocks and inside one block only
-(0.7 ms); top-p's edge is found from a sorted sample, and only its surroundings are sorted (about 1.6 ms more).
+(0.7 ms); top-p's edge is found from a sorted sample, and only its surroundings are sorted (2 ms more).
 The Triton form reads the row twice; with top-k or top-p 16 times more, since it finds the edge's bit pattern two bits
 at a time.
 
@@ -97,17 +97,17 @@ def _keep_likeliest(probs, scratch, top_k, top_p):
     sample[:, 0], sample[:, 1:-1], sample[:, -1] = 0.0, values[:, ::STRIDE], np.inf
     sample.sort(axis=1)
     if 0 < top_k < V:
-        window, tokens = _k_likeliest(values, scratch, sample, top_k)
+        window, positions = _k_likeliest(values, scratch, sample, top_k)
         edge, sums = window[:, -top_k], _running_sums(window)
         target = (1 - top_p) * sums[:, -1]
     else:
         target = (1 - top_p) * probs.sum(1).double().numpy()
-        window, tokens, sums = _around_top_p(probs, scratch, sample, target)
+        window, positions, sums = _around_top_p(probs, scratch, sample, target)
     if top_p < 1:  # the edge is the first value, ascending, at which the sum exceeds the target
         place = np.minimum(_first_above(sums, target), window.shape[1] - 1)  # one stays, whatever the rounding
         edge = window[np.arange(len(window)), place]
         flat = values.ravel()
-        for value, ascending, n, ids in zip(edge, window, place, tokens):
+        for value, ascending, n, ids in zip(edge, window, place, positions):
             if n and ascending[n - 1] == value:  # equals before it, which are to go
                 flat[ids[flat[ids] == value][:n - np.searchsorted(ascending, value)]] = 0.0
     for row, value in zip(probs, np.nextafter(edge, np.float32(0)).tolist()):  # F.threshold keeps only what is above
@@ -120,12 +120,12 @@ def _sorted(values, mask):
     ascending: B arrays.
     """
     places = np.flatnonzero(mask)
-    tokens = np.split(places, np.searchsorted(places, values.shape[1] * np.arange(1, len(values))))
-    window, flat = np.zeros((len(values), max(1, *map(len, tokens))), dtype=values.dtype), values.ravel()
-    for row, ids in zip(window, tokens):
+    positions = np.split(places, np.searchsorted(places, values.shape[1] * np.arange(1, len(values))))
+    window, flat = np.zeros((len(values), max(1, *map(len, positions))), dtype=values.dtype), values.ravel()
+    for row, ids in zip(window, positions):
         row[:len(ids)] = flat[ids]
     window.sort(axis=1)
-    return window, tokens
+    return window, positions
 
 
 def _running_sums(values):
@@ -138,11 +138,11 @@ def _k_likeliest(values, scratch, sample, top_k):
     places = top_k / STRIDE
     places = min(int(places + 4 * places**0.5 + 8), sample.shape[1])  # 4 standard deviations, and some
     mask = np.greater_equal(values, sample[:, [-places]], out=_masks(scratch)[0])
-    window, tokens = _sorted(values, mask)
+    window, positions = _sorted(values, mask)
     if window.shape[1] < top_k or not window[:, -top_k].all():  # an unlucky sample
-        window, tokens = _sorted(values, np.ones_like(mask))
+        window, positions = _sorted(values, np.ones_like(mask))
     window[window < window[:, [-top_k]]] = 0.0
-    return window, tokens
+    return window, positions
 
 
 def _first_above(sums, target):
@@ -175,14 +175,14 @@ def _around_top_p(probs, scratch, sample, target):
     beyond = (sample <= other[:, None]).sum(1)  # past all that equal the other bound
     other = np.where(missed > 0, sample[rows, np.minimum(beyond, last)], other)
     mask ^= np.greater_equal(values, other[:, None], out=spare)  # from the lower bound up to the higher
-    window, tokens = _sorted(values, mask)
+    window, positions = _sorted(values, mask)
     sums = _running_sums(window)
     start = below - np.where(other < guess, sums[:, -1], 0.0)
     sums += start[:, None]
     if ((start <= target) & ((target < sums[:, -1]) | (other == np.inf))).all():
-        return window, tokens, sums
-    window, tokens = _sorted(values, np.ones_like(mask))  # an unlucky sample
-    return window, tokens, _running_sums(window)
+        return window, positions, sums
+    window, positions = _sorted(values, np.ones_like(mask))  # an unlucky sample
+    return window, positions, _running_sums(window)
 
 
 @functools.lru_cache(maxsize=1)
