@@ -38,6 +38,7 @@ import warnings
 import zlib
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -98,17 +99,14 @@ class EngineConfig:
 
 def run_stage(main, config_class, doc):
     """`main(config)` for the command line: what the user can mend ends with one sentence and code 2, no traceback."""
-    try:
-        with one_sentence():
-            config = parse_config(config_class, doc)
-            check_flags(config)
-            find_stages_before(config)
-            main(config)
-            if dist.is_initialized():
-                dist.barrier()  # all end together: `watch_hosts` takes one that is gone for lost
-    finally:
+    with one_sentence():
+        config = parse_config(config_class, doc)
+        check_flags(config)
+        find_stages_before(config)
+        main(config)
         if dist.is_initialized():
-            dist.destroy_process_group()
+            dist.barrier()  # all end together: `watch_hosts` takes one that is gone for lost
+            dist.destroy_process_group()  # not after an error: NCCL would wait here for ranks that wait for this one
 
 
 def setup(config):
@@ -136,7 +134,7 @@ def setup(config):
         interfaces = {entry.address: name for name, entries in psutil.net_if_addrs().items() for entry in entries}
         if host_address() in interfaces:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces[host_address()])
-        deepspeed.init_distributed(verbose=False)
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))  # its own, 10 minutes, a save may take
         watch_hosts()
     world = dist.get_world_size()
     if get_accelerator().device_name() != "cpu":
@@ -160,7 +158,7 @@ def watch_hosts():
     """
     Ends this process, with a sentence that names the host, when a rank on another one is not heard any more. A host
     that loses its power or its link closes no connection, so the others would wait in their next collective for its
-    timeout: 30 minutes, which a long save or evaluation needs. On one host nothing is watched: there the launcher ends
+    timeout: an hour, which a long save or evaluation may need. On one host nothing is watched: there the launcher ends
     the others.
 
     Two daemon threads. `talk` tells rank 0's store that this rank is alive and asks for the others; a dead link may
@@ -520,7 +518,9 @@ class LanguageModel(nn.Module):
         else:
             logits = self.model(**inputs, logits_to_keep=R + 1).logits[:, -R - 1:-1][scored] / temperature
             logprobs = token_logprobs(logits, targets)
-            entropy = torch.distributions.Categorical(logits=logits.detach().float()).entropy()
+            with torch.no_grad():  # some rows at a time: it takes several float32 copies of what it is given
+                entropy = torch.cat([torch.distributions.Categorical(logits=part.float()).entropy()
+                                     for part in logits.split(256)])
         zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return zeros.masked_scatter(scored, logprobs), zeros.masked_scatter(scored, entropy)
 
@@ -740,6 +740,9 @@ class ExponentialMovingAverage:
 
     def __init__(self, engine, decay):
         self.engine, self.decay, self.average = engine, decay, {}
+        # bf16 without ZeRO: DeepSpeed's optimizer has the masters, and safe_get_full_fp32_param does not know it
+        groups = zip(getattr(engine.optimizer, "fp16_groups", []), getattr(engine.optimizer, "fp32_groups", []))
+        self.masters = {low: full for lows, fulls in groups for low, full in zip(lows, fulls)}
         self.update()
 
     @torch.no_grad()
@@ -749,7 +752,7 @@ class ExponentialMovingAverage:
                 continue
             # collective where ZeRO shards the weights, None where no float32 copy is kept apart
             weight = deepspeed.utils.safe_get_full_fp32_param(parameter)
-            weight = (parameter if weight is None else weight).detach().float().cpu()
+            weight = (self.masters.get(parameter, parameter) if weight is None else weight).detach().float().cpu()
             if dist.get_rank() == 0:
                 self.average[name] = self.average.get(name, weight.clone()).lerp_(weight, 1 - self.decay)
 
@@ -1126,7 +1129,8 @@ class InferenceEngine:
         input_ids, attention_mask  (B, P) int64, left-padded; the ids on padding never matter
         eos_token_id               int, list, or None: every response has max_new_tokens. EOS in a prompt does not count
         returns                    Rollout of B * num_return_sequences rows, prompt-major
-        raises                     ValueError for other padding, or more tokens than the model has positions
+        raises                     ValueError for other padding, or more tokens than the model has positions;
+                                   FloatingPointError for logits that are no numbers
 
         The ranks of a tp_group call this together, each with its own prompts (any B and P), the other arguments equal
         (rank 0's seed holds), and each gets its own rows back.
@@ -1140,6 +1144,9 @@ class InferenceEngine:
         ended = torch.isin(responses, eos).long()
         mask = ended.cumsum(1) - ended == 0
         R = int(mask.sum(1).max())
+        if (logprobs.isnan() & mask).any():
+            raise FloatingPointError("the logits are no numbers (NaN): the model's weights or activations have "
+                                     "overflowed")
         prompts, mask = input_ids.repeat_interleave(num_return_sequences, 0), mask[:, :R]
         responses = responses[:, :R].masked_fill(~mask, pad_token_id)
         return Rollout(torch.cat([prompts, responses], 1), logprobs[:, :R] * mask, mask.float())
@@ -1254,11 +1261,12 @@ class InferenceEngine:
             self.model.generation_config = defaults
             self.model.train(training)
         responses = out.sequences[:, ids.size(1):]
-        logits = torch.stack(out.logits if greedy else out.scores, 1).float()  # scores: after temperature, top-k, top-p
-        logprobs = logits.log_softmax(-1).gather(-1, responses[:, :, None]).squeeze(-1)
+        steps = zip(out.logits if greedy else out.scores, responses.T)  # scores: after temperature, top-k, top-p
+        logprobs = torch.stack([token_logprobs(logits, tokens) for logits, tokens in steps], 1)
         if greedy:
             responses, logprobs = responses.repeat_interleave(copies, 0), logprobs.repeat_interleave(copies, 0)
-        return responses, logprobs.nan_to_num(neginf=0.0)  # after its end a row holds padding, of any probability
+        # after its end a row holds padding, of any probability
+        return responses, logprobs.masked_fill(logprobs == -float("inf"), 0.0)
 
 
 # -----------------------------------------------------------------------------

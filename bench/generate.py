@@ -74,6 +74,8 @@ def medians(contestants, repeats):
         for name in list(contestants)[::1 if i % 2 else -1]:
             began = time.perf_counter()
             contestants[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(s[1:]) for name, s in seconds.items()}  # the first of each warms up
 
@@ -84,15 +86,17 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, "
-          f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
-          f"load {os.getloadavg()[0]:.1f}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else (
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}")
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {machine}")
     print(f"{'shape':<16}{'mode':<22}{'engine s':>10}{'other s':>10}{'tokens/s':>10}{'ratio':>8}")
     for shape in args.only:
         build, B, P, R = SHAPES[shape]
         torch.manual_seed(0)
-        model = build()
-        ids = torch.randint(5, model.config.vocab_size, (B, P))
+        model = build().to(device)
+        ids = torch.randint(5, model.config.vocab_size, (B, P), device=device)
         mask = torch.ones_like(ids)
         mask[::2, :P // 4] = 0  # half of the prompts are shorter
         line = lambda mode, ours, other: print(f"{shape:<16}{mode:<22}{ours:>10.3f}{other:>10.3f}{B * R / ours:>10.0f}"

@@ -90,7 +90,8 @@ def main():
         for name in RUNS:
             arguments = list(map(str, flags(folder, name)))
             plan, phase = planned(arguments)
-            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "HF_HUB_OFFLINE": "1"}
+            environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "HF_HUB_OFFLINE": "1",
+                           "CUDA_VISIBLE_DEVICES": ""}
             done = subprocess.run([sys.executable, __file__, "--child", *arguments], env=environment, cwd=ROOT,
                                   text=True, stdout=subprocess.PIPE, check=True)
             measured = float(done.stdout.split()[-1])

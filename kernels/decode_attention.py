@@ -191,7 +191,8 @@ def decode_attention(q, cache_k, cache_v, start, end, scale, alibi_slopes=None, 
             bias = decode_bias(start, T, KVH, alibi_slopes)
         return _decode_cpu(q, cache_k, cache_v, end, scale, window, bias)
     q = q if q.stride(-1) == 1 else q.contiguous()
-    BLOCK_T = 64 if D <= 128 else 32
+    # k and v of a block, in three stages: 98 KB of shared memory at most, of the 99 that a consumer card has
+    BLOCK_T = (64 if D <= 128 else 32) // (2 if q.dtype == torch.float32 else 1)
     BLOCK_D = max(triton.next_power_of_2(D), 16)  # tl.dot wants 16 at least, of the query heads too
     G = H // KVH
     splits = _splits(q.device, B * KVH, min(T, window) if window else T, BLOCK_T)

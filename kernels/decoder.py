@@ -250,7 +250,8 @@ class Decoder:
             self.embed, self.wpe = self._own(embed.weight), wpe and self._own(wpe.weight)
             self.embed_norm, self.norm = self._norm(embed_norm), self._norm(norm)
             self.project_in, self.project_out = self._linear(project_in), self._linear(project_out)
-            self.head = self._linear(head)
+            tied = head.weight is embed.weight and not (self.pack and can_pack(head.weight))
+            self.head = Linear(self.embed, self._own(head.bias)) if tied else self._linear(head)
         self.alibi = alibi_slopes(H)[self._share(H)].to(self.embed.device) if config.model_type == "bloom" else None
         self.embed_scale = self.embed.new_tensor(config.hidden_size ** 0.5) if self.gemma else None
         self.wpe_offset = getattr(wpe, "offset", 0)  # OPT: 2

@@ -10,7 +10,7 @@ As x[d] cos[d] + x[partner of d] sin[d], with tables as wide as the rotated part
     cache[0, b, :, column] = rotated k[b];  cache[1, b, :, column] = v[b]
 
 A decode step does this in every layer for a few kB, so what counts is launches, not bytes: one here, about seven as
-PyTorch ops. `column` is a tensor, so a captured CUDA graph serves every step. Inference only: no backward.
+PyTorch ops. `column` is a tensor, so that no step waits for the CPU to read it. Inference only: no backward.
 
 RoFormer: Su et al. 2021, eq. 34, https://arxiv.org/abs/2104.09864
 """

@@ -170,6 +170,7 @@ def _around_top_p(probs, scratch, sample, target):
     np.greater_equal(values, guess[:, None], out=mask)
     below = minima - guess * np.array([np.count_nonzero(row) for row in mask], dtype=np.float64)
     missed = (target - below) / (STRIDE * np.maximum(guess, 1e-30))  # by so many places of the sample
+    missed = np.nan_to_num(missed)  # of a row that holds NaN
     missed += np.copysign(3 * np.abs(missed)**0.5 + 6, missed)  # 3 standard deviations, and some
     other = sample[rows, np.clip(place + missed, 0, last).astype(int)]
     beyond = (sample <= other[:, None]).sum(1)  # past all that equal the other bound
@@ -210,8 +211,6 @@ def _sample_cpu(logits, uniform, temperature, top_k, top_p):
     if 0 < top_k < V or top_p < 1:
         _keep_likeliest(probs, scratch, top_k, top_p)
     tokens, total = _invert(probs, uniform)
-    if total.isnan().any():
-        raise FloatingPointError("the logits are no numbers (NaN): the model's weights or activations have overflowed")
     return tokens, (probs.gather(1, tokens[:, None]).squeeze(1) / total).log().float()
 
 
@@ -342,7 +341,7 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     uniform  (B,)   float32 in [0, 1), the row's only randomness: torch.rand(B, generator=...)
     temperature     0 takes the likeliest token (the first of equals); its log-probability is that at temperature 1
     top_k           0 or at least V: off;  top_p in (0, 1], 1: off
-    returns  tokens (B,) int64, logprobs (B,) float32; detached
+    returns  tokens (B,) int64, logprobs (B,) float32; detached; NaN where a row of logits has one, with any token
 
     CUDA tensors, and all under TRITON_INTERPRET=1, take the kernel; nothing here waits for the GPU.
     """

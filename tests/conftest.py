@@ -28,7 +28,12 @@ def pytest_configure(config):
     torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m does not name
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr == "gpu":  # the kernels' tests; without -m gpu they are the CPU's and the interpreter's
+        for item in items:
+            if item.path.name.startswith("test_kernel_") or item.path.name == "test_decoder_kernels.py":
+                item.add_marker("gpu")
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

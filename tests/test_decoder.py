@@ -185,6 +185,14 @@ def test_eos(pad, compact, sync_every):
     torch.testing.assert_close(rollout.logprobs, free.logprobs[:, :longest] * expected, atol=1e-5, rtol=0)
 
 
+def test_logits_that_are_no_numbers_are_named():
+    model, (ids, mask) = small_model("opt"), ragged_prompts()
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc2.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN"):
+        InferenceEngine(model).generate(ids, mask, max_new_tokens=2)
+
+
 def test_all_rows_end_at_once():
     model, (ids, mask) = small_model("opt"), ragged_prompts()
     rollout = InferenceEngine(model).generate(ids, mask, max_new_tokens=R, eos_token_id=list(range(101)))

@@ -115,6 +115,22 @@ def test_moving_average_is_its_closed_form(process_group):
     assert (history[3] - history[0]).abs().max() > 1e-3
 
 
+def test_moving_average_is_of_the_float32_masters(process_group):
+    """In bf16 without ZeRO too, where the weights round small steps away and DeepSpeed's optimizer alone knows them."""
+    config = Config()
+    config.lr_scheduler_type = "constant"
+    engine = train_engine(LanguageModel(opt().bfloat16()), {**process_group, "bf16": {"enabled": True}}, config, 1e-3, 10)
+    average = ExponentialMovingAverage(engine, decay=0.0)  # the newest weights
+    steps(engine, 3)
+    average.update()
+    masters = {id(low): full for lows, fulls in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups)
+               for low, full in zip(lows, fulls)}
+    for name, parameter in engine.module.model.named_parameters():
+        assert torch.equal(average.average[name], masters[id(parameter)]), name
+    weight = engine.module.model.model.decoder.layers[0].fc1.weight
+    assert not torch.equal(masters[id(weight)], weight.float())
+
+
 def test_dropout_is_off_even_where_a_model_calls_it_as_a_function(process_group, tmp_path):
     """OPT keeps its dropout in floats and calls the function; only the config reaches it."""
     tokenizer = load_tokenizer("tiny")

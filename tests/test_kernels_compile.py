@@ -1,6 +1,6 @@
 """
-Every Triton kernel compiles for a Hopper GPU (sm_90), down to machine code. No GPU is needed: Triton brings its
-own assembler. The interpreter runs a kernel as Python and forgives what the compiler does not, such as a variable
+Every Triton kernel compiles for a Hopper GPU (sm_90), down to machine code, and needs no more shared memory than a
+consumer card has. No GPU is needed: Triton brings its own assembler. The interpreter runs a kernel as Python and forgives what the compiler does not, such as a variable
 that changes its type in a loop; the numbers are the interpreter's business, in test_kernel_*.py.
 """
 import os
@@ -40,7 +40,9 @@ CASES = [  # module, kernel, what each argument is: a type (int32 where nothing 
     (decode_attention, "_decode_kernel", dict(ATTENTION, G=1, SPLITS=7, HAS_ALIBI=True, BLOCK_G=16)),
     (decode_attention, "_decode_kernel", dict(ATTENTION, G=8, SPLITS=1, HAS_ALIBI=False, BLOCK_G=16, part_ptr=BF16)),
     (decode_attention, "_decode_kernel", dict(ATTENTION, G=1, SPLITS=2, HAS_ALIBI=False, BLOCK_G=16, q_ptr=F32,
-                                              k_ptr=F32, v_ptr=F32)),
+                                              k_ptr=F32, v_ptr=F32, BLOCK_T=32)),
+    (decode_attention, "_decode_kernel", dict(ATTENTION, G=32, SPLITS=2, HAS_ALIBI=False, BLOCK_G=32, q_ptr=F32,
+                                              k_ptr=F32, v_ptr=F32, D=256, BLOCK_D=256, BLOCK_T=16)),
     (decode_attention, "_combine_kernel", dict(part_ptr=F32, lse_ptr=F32, out_ptr=BF16, SPLITS=7, D=80, BLOCK_S=8,
                                                BLOCK_D=128)),
     (gae, "_gae_kernel", dict(rewards_ptr=F32, values_ptr=F32, mask_ptr=F32, advantages_ptr=F32, returns_ptr=F32,
@@ -59,8 +61,12 @@ def test_compiles_for_hopper(module, name, arguments):
     types = {n: a for n, a in arguments.items() if n[:1].islower()}
     constants = {n: a for n, a in arguments.items() if n not in types}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    compiled = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+    # as a launch finds them, addresses and strides in multiples of 16: then loads are fetched ahead, to shared memory
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
+               if n.endswith("_ptr") or n.startswith("stride")}
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 0
+    assert compiled.metadata.shared <= 99 * 1024
 
 
 def test_every_kernel_is_compiled_here():
