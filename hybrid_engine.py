@@ -715,6 +715,9 @@ def train_engine(model, settings, config, learning_rate, total_steps):
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=settings)
     if dist.get_world_size() == 1 and settings["zero_optimization"]["stage"] == 0:
         engine.enable_backward_allreduce = False  # there is nobody to sum with, and it copies all gradients to do so
+    if hasattr(engine.optimizer, "fp32_groups"):  # bf16 without ZeRO
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"].zero_()  # DeepSpeed makes Adam's state by a step with gradients of 0, which is none
     engine.train()  # Hugging Face loads in eval mode, in which --gradient_checkpointing does nothing
     return engine
 

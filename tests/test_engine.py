@@ -99,6 +99,19 @@ def test_lora_names_layers_when_none_match(process_group):
         add_lora(opt(), config)
 
 
+def test_adam_counts_from_one_in_bf16(process_group):
+    """Its first step moves every weight by lr g / (|g| + eps); counted as the second, by 0.73 of that."""
+    config, rate = Config(), 1e-3
+    config.lr_scheduler_type = "constant"
+    settings = {**process_group, "bf16": {"enabled": True}}
+    engine = train_engine(LanguageModel(opt().bfloat16()), settings, config, rate, 10)
+    masters = [weight for group in engine.optimizer.fp32_groups for weight in group]
+    before = [weight.detach().clone() for weight in masters]
+    steps(engine, 1)
+    moved = torch.cat([(now - then).abs().flatten() for now, then in zip(masters, before)])
+    assert 0.99 * rate < moved.max() < 1.001 * rate
+
+
 def test_moving_average_is_its_closed_form(process_group):
     """After n updates: d^n w_0 + sum_k (1 - d) d^(n - k) w_k."""
     config = Config()
@@ -119,7 +132,8 @@ def test_moving_average_is_of_the_float32_masters(process_group):
     """In bf16 without ZeRO too, where the weights round small steps away and DeepSpeed's optimizer alone knows them."""
     config = Config()
     config.lr_scheduler_type = "constant"
-    engine = train_engine(LanguageModel(opt().bfloat16()), {**process_group, "bf16": {"enabled": True}}, config, 1e-3, 10)
+    settings = {**process_group, "bf16": {"enabled": True}}
+    engine = train_engine(LanguageModel(opt().bfloat16()), settings, config, 1e-3, 10)
     average = ExponentialMovingAverage(engine, decay=0.0)  # the newest weights
     steps(engine, 3)
     average.update()

@@ -1,7 +1,8 @@
 """
 Every Triton kernel compiles for a Hopper GPU (sm_90), down to machine code, and needs no more shared memory than a
-consumer card has. No GPU is needed: Triton brings its own assembler. The interpreter runs a kernel as Python and forgives what the compiler does not, such as a variable
-that changes its type in a loop; the numbers are the interpreter's business, in test_kernel_*.py.
+consumer card has. No GPU is needed: Triton brings its own assembler. The interpreter runs a kernel as Python and
+forgives what the compiler does not, such as a variable that changes its type in a loop; the numbers are the
+interpreter's business, in test_kernel_*.py.
 """
 import os
 
