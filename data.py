@@ -35,6 +35,7 @@ import re
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,7 +206,7 @@ def from_columns(prompt, answer):
     return lambda row: Preference(as_prompt(row[prompt]), as_answer(row[answer]), None)
 
 
-FORMS = [  # the first form whose columns are all there reads the row
+FORMS = [  # the first form whose columns most rows have reads the source
     (("prompt", "chosen", "rejected"), from_pair),
     (("instruction", "chosen", "rejected"), from_instruction),
     (("chosen", "rejected"), from_dialogues),
@@ -222,23 +223,26 @@ FORMS = [  # the first form whose columns are all there reads the row
 
 def to_records(rows, source):
     """Rows (dicts of one source) -> (records, number of rows that hold no usable example)."""
-    columns = set(rows[0])
-    form = next((function for needed, function in FORMS if columns.issuperset(needed)), None)
+    there = Counter(map(frozenset, rows))  # a .jsonl file may leave out what is null
+    columns = set().union(*there)
+    form = next((function for needed, function in FORMS
+                 if sum(n for names, n in there.items() if names.issuperset(needed)) > len(rows) / 2), None)
     if form is None:
         accepted = "; ".join(", ".join(needed) for needed, _ in FORMS)
         raise UsageError(f"{source} has the columns {', '.join(sorted(columns))}. One of these sets is needed: "
                          f"{accepted}. Rename its columns, or add a form to FORMS in data.py.")
     records = []
     for number, row in enumerate(rows, 1):
+        row = dict.fromkeys(columns) | row
         try:
             record = form(row)
             texts = [(message["role"], message["content"].strip()) for message in record.prompt] if record else []
             if record:
-                record.chosen = record.chosen.strip()
+                record.chosen = "" if record.chosen is None else record.chosen.strip()
                 record.rejected = None if record.rejected is None else record.rejected.strip()
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise UsageError(f"{source}, row {number}: {type(error).__name__}: {error}; its columns do not hold text "
-                             f"or messages: {str(row)[:200]}") from error
+            raise UsageError(f"{source}, row {number}: text is needed there, or a list of messages, each with role and "
+                             f"content; {str(row)[:300]} came.") from error
         if texts and texts[-1][0] == "user" and record.chosen != record.rejected:
             record.columns = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
             records.append(record)
@@ -386,9 +390,14 @@ def load_records(config, stage, log=print):
         records, _ = to_records(rows, source)
         able = sum(map(usable, records))
         if len({questions(r)[-1] for r in records if usable(r)}) < 2 and len(config.data_path) == 1:
-            raise UsageError(f"{source}: {able} of {len(rows)} rows have {needs}, which this stage needs; " + (
-                "two different prompts at least are needed, since one in ten is held out." if able else
-                "--data_split 1,0,0 gives all rows to SFT, where demonstrations alone are enough."))
+            if able:
+                way_out = "two that end with different questions are needed at least, since one in ten is held out."
+            elif stage == 2 and any(r.chosen for r in records):
+                way_out = "--data_split 1,0,0 gives all rows to SFT, where demonstrations alone are enough."
+            else:
+                way_out = (f"its columns are {', '.join(rows[0])}, and a row counts if its prompt ends with a user's "
+                           "message and its answers, where it has two, differ.")
+            raise UsageError(f"{source}: {able} of {len(rows)} rows have {needs}, which this stage needs; {way_out}")
         # all rows are dealt, then those that the stage cannot use go: which rows are whose must not depend on the stage
         if test_rows:
             test = to_records(test_rows, source)[0]
@@ -414,7 +423,7 @@ def load_records(config, stage, log=print):
                          "tested on.")
     if not train:
         raise UsageError(f"--data_split {config.data_split} leaves no rows for stage {stage} of "
-                         f"{', '.join(config.data_path)}.")
+                         f"{', '.join(config.data_path)}; give that stage a larger share, or more rows.")
     np.random.RandomState(config.seed).shuffle(train)
     np.random.RandomState(config.seed).shuffle(held)  # by itself: the same rows are evaluated in all stages
     return train, held[:config.max_eval_samples]
@@ -633,15 +642,15 @@ class Collator:
         return batch
 
 
-def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, shuffle=True):
+def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, shuffle=True,
+                    size_flags="--per_device_train_batch_size or --gradient_accumulation_steps"):
     """
     Every rank gets its share of the same seeded order; the last incomplete batch is dropped when training. The k-th
     batches of all ranks together are the same rows for any number of ranks. Call `.sampler.set_epoch` each epoch.
     """
     if shuffle and len(dataset) < batch_size * world_size:
         raise UsageError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on {world_size} "
-                         "process(es); lower --per_device_train_batch_size or --gradient_accumulation_steps, or give "
-                         "more data.")
+                         f"process(es); lower {size_flags}, or give more data.")
     sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=shuffle)
 
@@ -868,7 +877,8 @@ def main():
         longest = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
         dataset = encode_records(records[:1000], tokenizer, stage, longest)
         item = dataset[0]
-        print(f"\n=== stage {stage}, {name}: {len(records)} rows to train on, {len(held)} held out. "
+        of = f" of the first {len(records[:1000])}" if len(records) > 1000 else ""
+        print(f"\n=== stage {stage}, {name}: {len(dataset)}{of} rows to train on, {len(held)} held out. "
               "The first, [[trained on]]:")
         if stage == 1:
             ids, start = item["input_ids"], item["prompt_len"]

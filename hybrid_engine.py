@@ -218,7 +218,8 @@ AT_LEAST_1 = ("per_device_train_batch_size", "gradient_accumulation_steps", "per
               "max_eval_samples", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")
 
 
-AT_LEAST_0 = ("kl_coef", "kl_target", "cliprange", "cliprange_value", "reward_clip", "unsup_coef")
+AT_LEAST_0 = ("kl_coef", "kl_target", "cliprange", "cliprange_value", "reward_clip", "unsup_coef", "weight_decay",
+              "missing_eos_penalty")
 
 
 def check_flags(config):
@@ -241,6 +242,9 @@ def check_flags(config):
                          "nothing from greedy answers).")
     if not 0 < flags.get("top_p", 1) <= 1:
         raise UsageError(f"--top_p {config.top_p}: a share of the probability is needed, over 0 and at most 1.")
+    for name in ("gamma", "lam"):
+        if not 0 <= flags.get(name, 1) <= 1:
+            raise UsageError(f"--{name} {flags[name]}: a number from 0 to 1 is needed.")
     if config.lora_dim < 0 or config.only_optimize_lora and config.lora_dim == 0:
         raise UsageError("--only_optimize_lora and LoRA need --lora_dim 1 or more, the rank of the adapters.")
     if any(path.exists() and not path.is_dir() for path in (Path(config.output_dir), *Path(config.output_dir).parents)):
@@ -322,13 +326,13 @@ def mean(numbers):
 class MetricsLog:
     """
     Rank 0: one JSON object a step in `folder/metrics.jsonl`, every `every` steps a fixed-width line with speed and time
-    left, and DeepSpeed's monitor (TensorBoard, W&B, CSV: sections of the DeepSpeed JSON) where it is switched on.
-    A resumed run, with `done` steps behind it, appends.
+    left (its numbers are means over the steps since the line before), and DeepSpeed's monitor (TensorBoard, W&B, CSV:
+    sections of the DeepSpeed JSON) where it is switched on. A resumed run, with `done` steps behind it, appends.
     """
 
     def __init__(self, folder, total_steps, every, columns, monitor=None, done=0):
         self.total_steps, self.every, self.columns, self.monitor = total_steps, every, columns, monitor
-        self.done, self.began, self.rank0 = done, time.time(), dist.get_rank() == 0
+        self.done, self.began, self.rank0, self.unprinted = done, time.time(), dist.get_rank() == 0, []
         if self.rank0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.file = open(Path(folder) / "metrics.jsonl", "a" if done else "w", buffering=1)
@@ -341,10 +345,12 @@ class MetricsLog:
         self.file.write(json.dumps(metrics) + "\n")
         if self.monitor is not None and self.monitor.enabled:
             self.monitor.write_events([(name, value, step) for name, value in metrics.items() if name != "step"])
+        self.unprinted.append(metrics)
         if step % self.every == 0 or step in (self.done + 1, self.total_steps):
             pace = (time.time() - self.began) / (step - self.done)  # seconds a step
-            line = "  ".join(f"{label} {metrics[name]:>{width}}"
+            line = "  ".join(f"{label} {sum(m[name] for m in self.unprinted) / len(self.unprinted):>{width}}"
                              for label, name, width in self.columns if name in metrics)
+            self.unprinted = []
             print(f"step {step:>5}/{self.total_steps}  {line}  {1 / pace:5.2f} steps/s  "
                   f"{pace * (self.total_steps - step):4.0f} s left", flush=True)
 
@@ -905,7 +911,9 @@ class Checkpoints:
     """
 
     def __init__(self, config, section):
-        """Looks for what --resume goes on from; raises UsageError where other flags made it."""
+        """
+        Looks for what --resume goes on from; raises UsageError where other flags made it, or nothing can be written.
+        """
         self.config, self.section, self.folder = config, section, Path(config.output_dir) / STAGES[section]
         self.began, self.terminated, self.runner = time.time(), False, None
         # now, and once: files that change while it runs are not what it read
@@ -915,11 +923,17 @@ class Checkpoints:
 
     def _find(self):
         """Rank 0 -> (finished, manifest of the newest complete checkpoint or None)."""
-        now, resume = self.resolved, self.config.resume
+        now, resume, place = self.resolved, self.config.resume, self.folder.parent
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output_dir {place} cannot be made: {first_line(error)}.") from error
+        if not os.access(place, os.W_OK):
+            raise UsageError(f"--output_dir {place}: nothing may be written there; name another folder.")
         record, summary = self.folder / "run_config.json", self.folder.parent / "summary.json"
         if resume and record.exists() and summary.exists() and self.section in json.loads(summary.read_text()):
             changed = changed_flag(json.loads(record.read_text()), now)
-            print0(f"{self.folder}: done " + (f"with --{changed}" if changed else "already, --resume leaves it"))
+            print0(f"{self.folder}: done " + (f"with {changed}" if changed else "already, --resume leaves it"))
             if not changed:
                 return True, None
         for path in self._all().values():
@@ -958,8 +972,8 @@ class Checkpoints:
     def load(self, engines, total_steps, trainer=None):
         """
         Puts what --resume found into the engines (name -> DeepSpeed's, or None), the trainer (load_state_dict) and the
-        random number generators. From here to the last step, with --save_steps, SIGTERM ends the run with exit code
-        143, after the step in hand and its checkpoint.
+        random number generators. From here to the last step, with --save_steps, SIGTERM or Ctrl-C ends the run with
+        exit code 143, after the step in hand and its checkpoint.
         """
         self.engines = {name: engine for name, engine in engines.items() if engine}
         self.total_steps, self.trainer = total_steps, trainer
@@ -968,7 +982,11 @@ class Checkpoints:
                 shutil.rmtree(left)
             (self.folder / "run_config.json").unlink(missing_ok=True)  # the stage is not finished
         if self.config.save_steps and self.done < total_steps:
-            self.default = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "terminated", True))
+            def stop(*_):
+                self.terminated = True
+                signal.signal(signal.SIGINT, self.defaults[signal.SIGINT])  # a second Ctrl-C ends it at once
+
+            self.defaults = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
             launcher = psutil.Process().parent()
             if launcher and "deepspeed.launcher.launch" in launcher.cmdline():
                 self.runner = launcher.ppid()
@@ -1017,10 +1035,11 @@ class Checkpoints:
         if step % self.config.save_steps == 0 or stop:
             self._write(step)
         if stop:
-            print0(f"SIGTERM: {self.folder}/checkpoint-{step} is saved, --resume goes on from it")
+            print0(f"told to stop: {self.folder}/checkpoint-{step} is saved, --resume goes on from it")
             sys.exit(128 + signal.SIGTERM)
         if step == self.total_steps:
-            signal.signal(signal.SIGTERM, self.default)
+            for number, default in self.defaults.items():
+                signal.signal(number, default)
 
     def _write(self, step):
         temporary, rank = self.folder / f"checkpoint-{step}.tmp", dist.get_rank()

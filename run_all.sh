@@ -102,8 +102,9 @@ esac
 
 python=python3
 if ! "$python" -c '
-import torch, deepspeed, transformers, datasets, sentencepiece, accelerate, google.protobuf, peft, pytest
-assert int(transformers.__version__.split(".")[0]) >= 5' 2>/dev/null; then
+from importlib import metadata, util
+needed = "torch deepspeed transformers datasets sentencepiece accelerate google.protobuf peft pytest".split()
+assert all(map(util.find_spec, needed)) and int(metadata.version("transformers").split(".")[0]) >= 5' 2>/dev/null; then
   python=$here/.venv/bin/python
   if ! { [ -e "$here/.venv/ready" ] && cmp -s "$here/.venv/ready" "$here/requirements.txt"; }; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
@@ -167,11 +168,33 @@ stage() {  # name, flags
   wait $! || wait $! || stop "$name.py failed; its last lines above say why"
   echo "=== $name took $((SECONDS - began)) s"
 }
-stage step1_sft "${config[@]}" --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-}
+step1=("${config[@]}" --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-})
+step2=("${config[@]}" --model_name_or_path "$critic" $data $reward "$@" ${STEP2_ARGS:-})
+step3=("${config[@]}" --actor_model_name_or_path "$actor" --critic_model_name_or_path "$scorer" $data $ppo "$@" ${STEP3_ARGS:-})
+
+# a wrong flag of the last stage, or data that it cannot use, must not show after the hours of the first
+PYTHONPATH=$here "$python" - "${step1[@]}" -- "${step2[@]}" -- "${step3[@]}" <<'PYTHON'
+import sys
+import step1_sft, step2_reward, step3_ppo
+from data import load_records, one_sentence, parse_config
+from hybrid_engine import check_flags
+flags = [part.split("\0") for part in "\0".join(sys.argv[1:]).split("\0--\0")]
+for number, (stage, argv) in enumerate(zip((step1_sft, step2_reward, step3_ppo), flags), 1):
+    sys.argv[0] = f"{stage.__name__}.py"
+    with one_sentence():
+        config = parse_config(stage.Config, "", argv)
+        check_flags(config)
+        if number == 3:
+            step3_ppo.check_rollout(config)
+        if not getattr(config, "dpo", False):
+            load_records(config, number, log=lambda sentence: None)
+PYTHON
+
+stage step1_sft "${step1[@]}"
 hand_out sft
-stage step2_reward "${config[@]}" --model_name_or_path "$critic" $data $reward "$@" ${STEP2_ARGS:-}
+stage step2_reward "${step2[@]}"
 hand_out reward
-stage step3_ppo "${config[@]}" --actor_model_name_or_path "$actor" --critic_model_name_or_path "$scorer" $data $ppo "$@" ${STEP3_ARGS:-}
+stage step3_ppo "${step3[@]}"
 [ -z "$dry_run" ] || exit 0
 
 # -----------------------------------------------------------------------------

@@ -32,6 +32,7 @@ critic speak in the reward model's own standard deviations from its own mean, in
 --cliprange_value are too.
 """
 
+import functools
 import importlib.util
 import inspect
 import json
@@ -173,6 +174,7 @@ def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
 # -----------------------------------------------------------------------------
 # rewards of one's own: Python functions with TRL's signature
 
+@functools.cache
 def load_reward_function(name):
     """'file.py:function' -> the function; None for anything else, which is a reward model then."""
     path, _, function = name.rpartition(":")
@@ -293,7 +295,9 @@ class DeepSpeedRLHFEngine:
 
 
 def check_rollout(args):
-    """Raises UsageError for flags of rollouts and rewards that do not go together."""
+    """Raises UsageError for flags of rollouts and rewards that do not go together, or reward functions not there."""
+    for name in args.reward_fn:
+        load_reward_function(name)
     if args.advantage in ("rloo", "grpo") and args.num_generations < 2:
         raise UsageError(f"--advantage {args.advantage} compares the answers to one prompt with each other, and "
                          f"--num_generations is {args.num_generations}: 2 or more are needed, 4 are usual.")
@@ -601,7 +605,8 @@ def main(config):
     held_set = encode_records(held_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
     collate = Collator(3, tokenizer.pad_token_id)
     rows = config.per_device_generation_batch_size
-    train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world)
+    train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world,
+                                   size_flags="--per_device_generation_batch_size")
     held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
     parts = config.gradient_accumulation_steps

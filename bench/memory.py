@@ -8,6 +8,7 @@ over what it had after the imports, a fresh process each. MALLOC_MMAP_THRESHOLD_
 own pages, so that what is counted is what is alive: with glibc's own threshold the holes in its heap come on top.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -84,6 +85,7 @@ def planned(arguments):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").exists() else None) as folder:
         make_inputs(Path(folder))
         print(f"{'':<32}{'planned MB':>11}{'measured':>10}{'ratio':>7}  peak")

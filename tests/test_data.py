@@ -179,8 +179,17 @@ def test_answers_that_are_no_text_are_refused_and_none_is_none():
     assert to_records([pair], "rows")[0][0].rejected is None
     for wrong in ({"prompt": "Hi", "completion": []}, {"prompt": "Hi", "response": {"text": "Hello!"}},
                   {"messages": [*user("Hi"), {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}):
-        with pytest.raises(UsageError, match="row 1.*do not hold text"):
+        with pytest.raises(UsageError, match="row 1: text is needed"):
             to_records([wrong], "rows")
+
+
+def test_rows_may_leave_out_what_they_lack():
+    """The form is the one that most rows have; null and missing answers are none, whatever row comes first."""
+    pairs = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
+    odd = [{"prompt": "a", "chosen": "yes"}, {"prompt": "b", "chosen": None, "rejected": "no"}]
+    records, _ = to_records(odd + pairs, "rows")
+    assert [(r.chosen, r.rejected) for r in records] == [("yes", None), ("", "no")] + 4 * [("yes", "no")]
+    assert records[0].columns == {"prompt": "a"}
 
 
 @pytest.mark.parametrize("weights", [[1], [1, 2, 3], [1, -1], [0, 0], [1, math.nan]])
@@ -293,7 +302,7 @@ def test_rows_that_teach_nothing_are_counted(row):
 
 
 @pytest.mark.parametrize("row", [
-    {"prompt": None, "response": "x"}, {"prompt": "q", "response": None}, {"prompt": ["text"], "response": "x"},
+    {"prompt": None, "response": "x"}, {"prompt": "q", "response": 3}, {"prompt": ["text"], "response": "x"},
     {"messages": ["text", {"role": "assistant", "content": "x"}]},
     {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x"}]},
     {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}])

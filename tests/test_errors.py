@@ -38,7 +38,7 @@ CASES = {  # name: (command line, what the sentence must name)
                              ["0 of 20 rows", "rejected"]),
     "no pairs in any source": ("step2_reward.py --model_name_or_path tiny --data_path answers.jsonl more.jsonl",
                                ["answers.jsonl, more.jsonl", "a chosen and a rejected answer"]),
-    "one prompt only": ("step1_sft.py --data_path one.jsonl", ["one.jsonl", "different prompts"]),
+    "one prompt only": ("step1_sft.py --data_path one.jsonl", ["one.jsonl", "different questions"]),
     "nothing left by the split": ("step1_sft.py --data_path answers.jsonl --data_split 0,1,1",
                                   ["--data_split 0,1,1", "stage 1"]),
     "malformed split": ("step1_sft.py --data_split 2,4", ["--data_split 2,4", "three numbers"]),
@@ -49,6 +49,10 @@ CASES = {  # name: (command line, what the sentence must name)
                                  ["--max_prompt_seq_len 3", "longer"]),
     "too few rows": ("step1_sft.py --data_path answers.jsonl --per_device_train_batch_size 64",
                      ["do not fill", "--per_device_train_batch_size"]),
+    "too few prompts": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path "
+                        "answers.jsonl BATCH --per_device_generation_batch_size 64",
+                        ["do not fill", "lower --per_device_generation_batch_size"]),
+    "no answers at all": ("step1_sft.py --data_path prompts.jsonl SMALL", ["0 of 20 rows", "its columns are prompt"]),
     "nothing to evaluate": ("step1_sft.py --data_path answers.jsonl --max_eval_samples 0", ["--max_eval_samples 0"]),
     "a template that is no file": ("step1_sft.py --chat_template nowhere.jinja", ["--chat_template nowhere.jinja"]),
     "a template that is no Jinja": ("step1_sft.py --data_path answers.jsonl SMALL --chat_template {%broken",
@@ -123,6 +127,9 @@ CASES = {  # name: (command line, what the sentence must name)
                         "--data_path answers.jsonl BATCH --cliprange -1", ["--cliprange -1"]),
     "DPO without beta": ("step2_reward.py --model_name_or_path LM --data_path answers.jsonl --dpo --dpo_beta 0",
                          ["--dpo_beta 0"]),
+    "a discount over 1": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
+                          "--data_path answers.jsonl BATCH --gamma 5", ["--gamma 5.0", "from 0 to 1"]),
+    "negative weight decay": ("step1_sft.py --data_path answers.jsonl SMALL --weight_decay -1", ["--weight_decay -1"]),
     "temperature 0": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
                       "--data_path answers.jsonl BATCH --temperature 0",
                       ["--temperature 0.0", "over 0"]),
@@ -148,6 +155,8 @@ CASES = {  # name: (command line, what the sentence must name)
     "too little text to mix in": ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD "
                                   "--data_path answers.jsonl BATCH --unsupervised_data_path notes.txt",
                                   ["notes.txt"]),
+    "output where none can be": ("step1_sft.py --data_path answers.jsonl SMALL --output_dir /proc/nope",
+                                 ["--output_dir /proc/nope"]),
     "output that is a file": ("step1_sft.py --data_path answers.jsonl SMALL --output_dir notes.txt",
                               ["notes.txt", "--output_dir"]),
 }
@@ -195,6 +204,7 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
             "list.json": "[1, 2]", "notes.txt": "Hello!", "long.txt": 60 * "Hello! ",
             "cut.jsonl.gz": compressed[:len(compressed) // 2], "no.parquet": "Hello!",
             "ragged.csv": 'prompt,response\nHi,Hello\nHi,Hello, you\n',
+            "prompts.jsonl": "\n".join(json.dumps({"prompt": row["prompt"]}) for row in rows),
             "columns.jsonl": '{"ask": "Hi", "reply": "Hello"}',
             "nulls.jsonl": lines[0] + '\n{"prompt": null, "response": "x"}\n', "empty.jsonl": "\n",
             "empty.csv": "prompt,response\n", "one.jsonl": "\n".join(lines[:1] * 20),
@@ -282,6 +292,11 @@ def test_run_all_says_which_python_it_needs(tmp_path):
                           stderr=subprocess.STDOUT, env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"})
     assert_one_sentence(done.returncode, done.stdout, "run_all.sh", ["Python 3.9.1", "3.11"])
     assert not (tmp_path / ".venv").exists()
+
+
+def test_run_all_checks_all_stages_before_the_first(run_script):
+    code, output = run_script("run_all.sh", "tiny", "cpu", env={"STEP3_ARGS": "--kl_coeff 0"})
+    assert_one_sentence(code, output, "step3_ppo.py", ["--kl_coeff", "did you mean --kl_coef?"])
 
 
 def test_run_all_keeps_the_stages_together(run_script):

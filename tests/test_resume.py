@@ -97,16 +97,18 @@ def stop_at(monkeypatch, step, how):
 
 @pytest.mark.parametrize("stage, zero_stage", [(step1_sft, 2), (step2_reward, 3), (step3_ppo, 0), (step3_ppo, 3)],
                          ids=["sft-2", "reward-3", "ppo-0", "ppo-3"])
-def test_sigterm_then_resume_is_the_uninterrupted_run(stage, zero_stage, folder, process_group, monkeypatch, capsys):
-    name = f"{FOLDERS[stage]}-{zero_stage}"
+def test_stop_then_resume_is_the_uninterrupted_run(stage, zero_stage, folder, process_group, monkeypatch, capsys):
+    """By SIGTERM, or by the SIGINT of Ctrl-C where nothing is sharded."""
+    name, default = f"{FOLDERS[stage]}-{zero_stage}", signal.getsignal(signal.SIGINT)
     train(stage, folder, name + "-whole", zero_stage=zero_stage)
     with monkeypatch.context() as patch:
-        stop_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stop_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM if zero_stage else signal.SIGINT))
         with pytest.raises(SystemExit, match="143"):
             train(stage, folder, name, zero_stage=zero_stage)
     assert "checkpoint-5 is saved" in capsys.readouterr().out
     train(stage, folder, name, zero_stage=zero_stage, resume=True)
     assert "5 of 7 steps are done" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) == default
     assert_same(result(folder / (name + "-whole")), result(folder / name))
 
 
