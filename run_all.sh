@@ -173,7 +173,8 @@ step2=("${config[@]}" --model_name_or_path "$critic" $data $reward "$@" ${STEP2_
 step3=("${config[@]}" --actor_model_name_or_path "$actor" --critic_model_name_or_path "$scorer" $data $ppo "$@" ${STEP3_ARGS:-})
 
 # a wrong flag of the last stage, or data that it cannot use, must not show after the hours of the first
-PYTHONPATH=$here "$python" - "${step1[@]}" -- "${step2[@]}" -- "${step3[@]}" <<'PYTHON'
+echo "run_all.sh: checking the flags and the data of all stages"
+PYTHONPATH=$here "$python" -P - "${step1[@]}" -- "${step2[@]}" -- "${step3[@]}" <<'PYTHON'
 import sys
 import step1_sft, step2_reward, step3_ppo
 from data import load_records, one_sentence, parse_config
@@ -186,8 +187,7 @@ for number, (stage, argv) in enumerate(zip((step1_sft, step2_reward, step3_ppo),
         check_flags(config)
         if number == 3:
             step3_ppo.check_rollout(config)
-        if not getattr(config, "dpo", False):
-            load_records(config, number, log=lambda sentence: None)
+        load_records(config, number, log=lambda sentence: None)
 PYTHON
 
 stage step1_sft "${step1[@]}"
