@@ -637,6 +637,7 @@ def main(config):
     if not config.skip_preflight:
         preflight(trainer, train_loader, held_records, total_steps)
     scorer = gold_scorer(config)
+    print0(f"the SFT model answers the {len(held_set)} held-out prompts, to compare with")
     first, _, sft_marks = evaluate(trainer, held_loader, scorer)  # here, while the actor is the SFT model
     checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
 

@@ -146,7 +146,8 @@ def main():
     for line in lines:
         for sentence in doctor(line):
             print(sentence)
-    print(f"{len(doctor.history)} steps, {len(doctor.sentences) or 'no'} sentence(s)")
+    print(f"{len(doctor.history)} steps, " + (f"{len(doctor.sentences)} sentence(s)" if doctor.sentences else
+                                              "nothing to report"))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_the_command(tmp_path):
     said = [subprocess.run([*command, *flags], capture_output=True, text=True, check=True).stdout
             for flags in ([], ["--gradient_clipping", "0"])]
     assert "the actor's gradient has been clipped" in said[0] and "120 steps, 1 sentence(s)" in said[0]
-    assert said[1] == "120 steps, no sentence(s)\n"
+    assert said[1] == "120 steps, nothing to report\n"
 
 
 def test_constant_scores_say_nothing(recwarn):
