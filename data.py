@@ -231,9 +231,9 @@ def to_records(rows, source):
         accepted = "; ".join(", ".join(needed) for needed, _ in FORMS)
         raise UsageError(f"{source} has the columns {', '.join(sorted(columns))}. One of these sets is needed: "
                          f"{accepted}. Rename its columns, or add a form to FORMS in data.py.")
-    records = []
+    records, blank = [], dict.fromkeys(columns)
     for number, row in enumerate(rows, 1):
-        row = dict.fromkeys(columns) | row
+        row = blank | row
         try:
             record = form(row)
             texts = [(message["role"], message["content"].strip()) for message in record.prompt] if record else []

@@ -247,8 +247,16 @@ def check_flags(config):
             raise UsageError(f"--{name} {flags[name]}: a number from 0 to 1 is needed.")
     if config.lora_dim < 0 or config.only_optimize_lora and config.lora_dim == 0:
         raise UsageError("--only_optimize_lora and LoRA need --lora_dim 1 or more, the rank of the adapters.")
-    if any(path.exists() and not path.is_dir() for path in (Path(config.output_dir), *Path(config.output_dir).parents)):
-        raise UsageError(f"--output_dir {config.output_dir}: a folder is needed, and a file of that name exists.")
+
+
+def make_output_dir(path):
+    """Rank 0, before anything slow. Raises UsageError for a folder that cannot be, or cannot be written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {path} cannot be made: {first_line(error)}.") from error
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"--output_dir {path}: nothing may be written there; name another folder.")
 
 
 def find_stages_before(config):
@@ -916,6 +924,7 @@ class Checkpoints:
         """
         self.config, self.section, self.folder = config, section, Path(config.output_dir) / STAGES[section]
         self.began, self.terminated, self.runner = time.time(), False, None
+        on_rank0(lambda: make_output_dir(config.output_dir))
         # now, and once: files that change while it runs are not what it read
         self.resolved = on_rank0(lambda: resolved_config(config, section))
         self.finished, self.manifest = on_rank0(self._find)
@@ -923,13 +932,7 @@ class Checkpoints:
 
     def _find(self):
         """Rank 0 -> (finished, manifest of the newest complete checkpoint or None)."""
-        now, resume, place = self.resolved, self.config.resume, self.folder.parent
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--output_dir {place} cannot be made: {first_line(error)}.") from error
-        if not os.access(place, os.W_OK):
-            raise UsageError(f"--output_dir {place}: nothing may be written there; name another folder.")
+        now, resume = self.resolved, self.config.resume
         record, summary = self.folder / "run_config.json", self.folder.parent / "summary.json"
         if resume and record.exists() and summary.exists() and self.section in json.loads(summary.read_text()):
             changed = changed_flag(json.loads(record.read_text()), now)

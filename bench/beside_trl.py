@@ -2,11 +2,11 @@
 Episodes a second of PPO: step3_ppo.py's trainer beside TRL's PPOTrainer, the same models and batches on this machine.
 
     pip install trl==1.12.0                                  # for this bench alone
-    OMP_NUM_THREADS=2 python bench/beside_trl.py             # about 15 minutes on 2 CPU cores
+    OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 python bench/beside_trl.py      # about 15 minutes on 2 CPU cores
 
 Actor, reference, critic and reward model of OPT-125M's shape with random weights (speed is the same on any); a rollout
 of 8 prompts of 64 tokens, answered in full length, 64; then one optimizer step on all of it. Each run is a process of
-its own, the contestants take turns, and a run's first rollouts warm it up. TRL's learning settings do not matter
+its own, the contestants take turns, and a run's first update warms it up. TRL's learning settings do not matter
 here; what costs time is set in its favour: no gradient checkpointing, no saving, no samples printed.
 """
 
@@ -46,7 +46,7 @@ def prompts():
 
 
 def this(folder, dtype):
-    """Seconds of each update."""
+    """The clock, in seconds, at the start and after each update; as in `trl`."""
     import torch
 
     from data import load_tokenizer
