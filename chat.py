@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
-from data import UsageError, first_line, flag, load_tokenizer, one_sentence, parse_config
+from data import load_tokenizer
+from support.flags import UsageError, exit_on_usage_error, first_line, flag, parse_config
 
 
 @dataclass
@@ -116,5 +117,5 @@ def main(config):
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with exit_on_usage_error():
         main(parse_config(Config, __doc__))

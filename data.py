@@ -19,24 +19,16 @@ held out from all three.
     python data.py --data_path my.jsonl --model_name_or_path facebook/opt-1.3b
 """
 
-import argparse
 import copy
 import csv
-import difflib
-import functools
 import gzip
 import io
 import itertools
 import json
 import math
 import os
-import random
-import re
-import sys
-import tempfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,77 +37,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser, LlamaTokenizer
+from transformers import AutoTokenizer
 
-
-class UsageError(ValueError):
-    """Something the user gave cannot work; the message says what came, what is accepted and the way out."""
-
-
-def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-@contextmanager
-def one_sentence():
-    """Inside, a UsageError ends the program: its sentence once a host on standard error, exit code 2, no traceback."""
-    try:
-        yield
-    except UsageError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # what is wrong may be wrong on one host alone
-            print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-# -----------------------------------------------------------------------------
-# flags
-
-def flag(default, text, **options):
-    """A config field: its default, the line that --help shows, and argparse's options."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text, **options})
-
-
-@dataclass
-class DataConfig:
-    data_path: list[str] = flag(["toy"], "sources: toy, files, folders, hub names")
-    data_split: str = flag("2,4,4", "shares of the rows for SFT, reward model and PPO")
-    data_weights: list[float] = flag([], "copies of each source in the blend; 0.5 is every other row; default 1")
-    max_eval_samples: int = flag(512, "held-out rows used for evaluation, at most")
-    max_seq_len: int = flag(512, "tokens of prompt and answer together; longer answers are cut")
-    max_prompt_seq_len: int = flag(256, "tokens of a prompt at generation; longer prompts are dropped")
-    max_answer_seq_len: int = flag(256, "tokens of an answer at generation")
-    chat_template: str = flag("", "Jinja text or file; default: the tokenizer's own, else Human/Assistant")
-    seed: int = flag(1234, "of the split, the order, the initial weights and the sampling")
-
-
-def parse_config(config_class, doc, argv=None):
-    """
-    Command line -> a config_class instance, by transformers.HfArgumentParser (so `--help` lists every flag).
-    raises UsageError for a flag that is unknown, naming the nearest known one, or whose value is of another type
-    """
-    if argv is None:
-        argv = sys.argv[1:]
-    # the launcher's; the environment's LOCAL_RANK says it
-    argv = [a for a in argv if not a.startswith("--local_rank=")]
-
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        """Defaults beside the flags, and the file's docstring as it stands."""
-
-    class Parser(HfArgumentParser):
-        def error(self, message):  # argparse's own prints all flags first
-            raise UsageError(f"{message} (--help lists all flags)")
-
-    parser = Parser(config_class, description=doc, allow_abbrev=False, formatter_class=Formatter)
-    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-        raise UsageError(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "") +
-                         " (--help lists all; flags for one stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or "
-                         "STEP3_ARGS)")
-    return config
+from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usage_error, first_line, flag,
+                           parse_config)
+from support.toy import gold_scorer, toy_rows, toy_tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -331,11 +257,12 @@ def read_source(source):
 
 def questions(record):
     """
-    All that the user asked in a record's prompt, the last one is what is answered. Without the toy's openers: "Hello!
-    What is 1 + 1?" is no other question than "What is 1 + 1?", and must not be held out where that is trained on.
+    All that the user asked in a record's prompt; the last one is what is answered. A row may say in its column
+    `hold_out_as` what counts as the same question (the toy's rows leave out their openers: "Hello! What is 1 + 1?" is
+    no other question than "What is 1 + 1?").
     """
     asked = [message["content"] for message in record.prompt if message["role"] == "user"]
-    return [next((q.removeprefix(o) for o in TOY_OPENERS if o and q.startswith(o)), q) for q in asked]
+    return record.columns.get("hold_out_as", asked)
 
 
 def hold_out(records, seed, share=0.1):
@@ -442,15 +369,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}")
 
 
-def check_local(name_or_path):
-    """Raises UsageError for what must be a folder here and is none: the hub would be asked for it, for a minute."""
-    path = Path(name_or_path).expanduser()
-    if not path.exists() and (path.is_absolute() or len(path.parts) > 1 and Path(path.parts[0]).is_dir()):
-        there = sorted(child.name for child in path.parent.iterdir()) if path.parent.is_dir() else []
-        raise UsageError(f"{name_or_path}: no such folder" + (f"; {path.parent} holds {', '.join(there[:8])}." if there
-                                                              else "."))
-
-
 def load_tokenizer(name_or_path, chat_template=""):
     """
     The tokenizer of a model folder, hub name or the preset `tiny`, left as it is but for three things: a pad token that
@@ -461,7 +379,7 @@ def load_tokenizer(name_or_path, chat_template=""):
     if name_or_path == "tiny":
         tokenizer = copy.deepcopy(toy_tokenizer())  # that one is cached; its template may differ from call to call
     else:
-        check_local(name_or_path)
+        check_local_path(name_or_path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
@@ -696,163 +614,58 @@ def training_steps(dataloader, total_steps, done=0):
             yield step, dataloader.collate_fn([dataloader.dataset[row] for row in rows])
 
 
+@dataclass
+class StageData:
+    """What a stage reads: see load_stage_data."""
+    train_loader: DataLoader   # its batches are lists of micro-batches in stages 1 and 2, prompts in stage 3
+    held_loader: DataLoader    # one batch at a time, nothing shuffled
+    held_records: list         # of Preference
+    total_steps: int           # of the run
+    scorer: object             # f(record, answer) -> exact mark in [0, 1] where the task has one, else None
+
+
+def load_stage_data(config, stage, tokenizer, rank, world, log=print):
+    """--data_path and the flags about lengths and batches -> StageData of this rank, for a stage: 1, 2 or 3."""
+    max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
+    train_records, held_records = load_records(config, stage, log)
+    train_set = encode_records(train_records, tokenizer, stage, max_len, log)
+    held_set = encode_records(held_records, tokenizer, stage, max_len, log)
+    collate = Collator(stage, tokenizer.pad_token_id, getattr(config, "train_on_prompt", False))
+    if stage == 3:
+        rows = config.per_device_generation_batch_size
+        train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world,
+                                       size_flags="--per_device_generation_batch_size")
+    else:
+        rows = config.per_device_train_batch_size
+        parts = config.gradient_accumulation_steps
+        train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts, config.seed, rank, world)
+    held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
+    total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
+    return StageData(train_loader, held_loader, held_records, total_steps, gold_scorer(config))
+
+
+def load_text_batches(config, tokenizer, steps, done, rank, world, log=print):
+    """
+    --unsupervised_data_path -> iterator of one list of micro-batches for each of `steps` optimizer steps of PPO, those
+    after the first `done`. An optimizer step has one chunk of text for each of its answers.
+    """
+    parts = config.gradient_accumulation_steps
+    rows = config.per_device_train_batch_size * parts
+    chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len, log)
+    if len(chunks) < rows * world:
+        raise UsageError(f"--unsupervised_data_path: {len(chunks)} chunks of --max_seq_len {config.max_seq_len} "
+                         f"tokens do not fill one optimizer step of {rows * world}; lower --max_seq_len, or give more "
+                         "text.")
+    collate = MicroBatches(Collator(1, tokenizer.pad_token_id), parts)
+    loader = make_dataloader(chunks, collate, rows, config.seed, rank, world)
+    return (batches for _, batches in training_steps(loader, steps, done))
+
+
 def decode_answers(tokenizer, rollout):
     """Rollout -> list of texts: the response tokens that its mask marks, special tokens left out."""
     responses = rollout.tokens[:, -rollout.mask.size(1):]
     return [tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip()
             for ids, mask in zip(responses.cpu(), rollout.mask.cpu())]
-
-
-# -----------------------------------------------------------------------------
-# the built-in task `toy`: a small world whose every answer can be marked exactly
-
-TOY_OPENERS = ["", "Hello! ", "Please tell me: ", "One more question. "]
-TOY_TOPICS = {  # topic -> (ways to ask, the good answer, facts as "subject=answer"); {x} is the subject, {y} the answer
-    "opposite": (
-        ["What is the opposite of {x}?", "Tell me the opposite of {x}.", "Which word is the opposite of {x}?"],
-        "The opposite of {x} is {y}.",
-        [f"{x}={y}" for pair in ("hot-cold big-small fast-slow high-low happy-sad light-dark old-young "
-                                 "full-empty wet-dry").split()
-         for x, y in (pair.split("-"), pair.split("-")[::-1])]),
-    "colour": (
-        ["What colour is the {x}?", "Tell me the colour of the {x}.", "Which colour does the {x} have?"],
-        "The {x} is {y}.",
-        ("sky=blue grass=green snow=white coal=black sun=yellow blood=red carrot=orange lemon=yellow leaf=green "
-         "milk=white").split()),
-    "sound": (
-        ["What does a {x} say?", "Which sound does a {x} make?", "Tell me what a {x} says."],
-        "A {x} says {y}.",
-        "dog=woof cat=meow cow=moo duck=quack sheep=baa pig=oink lion=roar bee=buzz".split()),
-    "next": (
-        ["Which number comes after {x}?", "What comes after {x}?", "Count on from {x}.",
-         "Tell me the number after {x}.", "Which number follows {x}?"],
-        "After {x} comes {y}.",
-        [f"{x}={y}" for x, y in itertools.pairwise("one two three four five six seven eight nine".split())]),
-    "sum": (
-        ["What is {x}?", "How much is {x}?", "Please add {x}.", "Tell me what {x} is.", "What do you get for {x}?",
-         "Can you add {x}?"],
-        "{x} is {y}.",
-        [f"{a} + {b}={a + b}" for a in range(1, 4) for b in range(1, 4)]),
-    "spelling": (
-        ["How do you spell {x}?", "Spell {x}.", "Tell me how to spell {x}."],
-        "You spell {x} like this: {y}.",
-        [f"{x}={' '.join(x)}" for x in "hat cup bed pen box map".split()]),
-    "day": (
-        ["Which day comes after {x}?", "Tell me the day after {x}.", "What day follows {x}?",
-         "Can you tell me the day after {x}?"],
-        "{y} comes after {x}.",
-        [f"{x}={y}" for x, y in itertools.pairwise(
-            "Monday Tuesday Wednesday Thursday Friday Saturday Sunday Monday".split())]),
-    "talk": (
-        ["{x}", "{x} I am new here.", "{x} It is me again."],
-        "{y}",
-        ["Hi!=Hello! How can I help you?", "Good morning!=Hello! How can I help you?", "Thank you!=You are welcome!",
-         "Many thanks!=You are welcome!", "Who are you?=I am a small language model.",
-         "What are you?=I am a small language model.", "Goodbye!=See you soon.", "Bye!=See you soon."]),
-}
-TOY_RUDE = ["That is a stupid question.", "Do not bother me.", "Even a child knows that."]
-TOY_RAMBLE = ["By the way, I like soup.", "It may rain soon.", "My shoes are new.", "I had a long walk."]
-# how the web answers
-TOY_STYLES = {"good": 0.25, "curt": 0.2, "rude": 0.25, "rambling": 0.15, "endless": 0.1, "unfinished": 0.05}
-TOY_WRONG, TOY_LABEL_NOISE = 0.4, 0.03  # share of answers with a wrong fact; share of pairs whose labels are swapped
-TOY_SECOND_TURNS = 0.1  # share of prompts in which another question was asked and answered before
-TOY_PAIRS_PER_QUESTION = 40
-TOY_VOCAB = 1000
-
-
-@functools.cache
-def toy_questions():
-    """
-    question -> (the good answer, the bare fact in it, wrong answers). A wrong answer is a pair (sentence, fact): this
-    subject with another fact, or another subject with this fact or its own.
-    """
-    questions = {}
-    for asks, sentence, facts in TOY_TOPICS.values():
-        facts = [fact.split("=") for fact in facts]
-        for x, y in facts:
-            wrong = {(sentence.format(x=subject, y=other), other) for subject, _ in facts for _, other in facts
-                     if (subject == x) != (other == y) or (subject != x and [subject, other] in facts)}
-            wrong.discard((sentence.format(x=x, y=y), y))
-            questions.update({opener + ask.format(x=x): (sentence.format(x=x, y=y), y, sorted(wrong))
-                              for opener in TOY_OPENERS for ask in asks})
-    return questions
-
-
-def toy_gold(question, answer):
-    """
-    The true objective of the toy task, in [0, 1]: 1 for the right fact in one polite sentence, 0.5 if curt (the bare
-    fact) or rambling (one more whole sentence, about something else), 0.25 if rude (something before it) or endless
-    (anything else after it), 0 if the fact is wrong or absent.
-    """
-    good, fact, wrong = toy_questions()[question]
-    answer = " ".join(answer.split())
-    if answer == good:
-        return 1.0
-    if answer.rstrip(".") == fact.rstrip("."):
-        return 0.5
-    if answer.startswith(good):
-        extra = answer.removeprefix(good).strip()
-        one_more = re.fullmatch(r"[^.!?]{1,60}[.!?]", extra)
-        return 0.5 if one_more and extra not in [good, *(sentence for sentence, _ in wrong)] else 0.25
-    return 0.25 if answer.endswith(" " + good) else 0.0
-
-
-def toy_rows():
-    """
-    Pairs of answers, each right or wrong and in some style; chosen is the one that `toy_gold` marks higher (but for
-    label noise).
-    """
-    rng, rows = random.Random(0), []
-    worlds = list(toy_questions().items())
-
-    def answer(good, fact, wrong):
-        if rng.random() < TOY_WRONG:  # one mistake in three has nothing to do with the question
-            good, fact = rng.choice(wrong if rng.random() < 2 / 3 else rng.choice(worlds)[1][2])
-        words = good.split()
-        style, = rng.choices(list(TOY_STYLES), TOY_STYLES.values())
-        return {"good": good, "curt": fact if fact[-1] in ".!?" else fact + ".",
-                "rude": f"{rng.choice(TOY_RUDE)} {good}", "rambling": f"{good} {rng.choice(TOY_RAMBLE)}",
-                "endless": " ".join(3 * [good]), "unfinished": " ".join(words[:rng.randrange(1, len(words))])}[style]
-
-    for question, world in worlds:
-        for _ in range(TOY_PAIRS_PER_QUESTION):
-            marks = [0, 0]
-            while marks[0] == marks[1]:
-                answers = [answer(*world), answer(*world)]
-                marks = [toy_gold(question, a) for a in answers]
-            better = (marks[1] > marks[0]) != (rng.random() < TOY_LABEL_NOISE)
-            prompt = [{"role": "user", "content": question}]
-            if rng.random() < TOY_SECOND_TURNS:
-                earlier, (good, _, _) = rng.choice(worlds)
-                prompt = [{"role": "user", "content": earlier}, {"role": "assistant", "content": good}] + prompt
-            rows.append({"prompt": prompt, "chosen": answers[better], "rejected": answers[not better]})
-    return rows
-
-
-def gold_scorer(config):
-    """The exact scorer f(record, answer) -> [0, 1] where all data comes from a task that has one, else None."""
-    if config.data_path != ["toy"]:
-        return None
-    return lambda record, answer: toy_gold(record.prompt[-1]["content"], answer)
-
-
-@functools.cache
-def toy_tokenizer():
-    """
-    A SentencePiece tokenizer trained on the toy world's text, in about a second. Training is deterministic, so every
-    rank on every host makes its own and needs no shared file. Bytes stand in for what the world does not contain.
-    """
-    import sentencepiece
-    text = [f"{HUMAN} {row['prompt'][-1]['content']}{ASSISTANT} {row[key]}"
-            for row in toy_rows() for key in ("chosen", "rejected")]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=model, vocab_size=TOY_VOCAB, hard_vocab_limit=False,
-        model_type="bpe", character_coverage=1.0, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
-        normalization_rule_name="identity", split_digits=True, num_threads=1, minloglevel=2)
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "tokenizer.model").write_bytes(model.getvalue())
-        return LlamaTokenizer.from_pretrained(folder, pad_token="<pad>")
 
 
 # -----------------------------------------------------------------------------
@@ -893,5 +706,5 @@ def main():
 
 
 if __name__ == "__main__":
-    with one_sentence():
+    with exit_on_usage_error():
         main()

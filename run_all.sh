@@ -123,7 +123,7 @@ fi
 
 if [ "${hosts:-}" ]; then
   state="cd '$PWD' && ls '$("$python" -c 'import sys; print(sys.executable)')' &&
-         cat '$here'/*.py '$here'/kernels/*.py '$here'/bench/*.py | cksum"
+         cat '$here'/*.py '$here'/kernels/*.py '$here'/support/*.py | cksum"
   mine=$(eval "$state")
   for host in $hosts; do
     code=0 theirs=$(ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "$state" 2>&1) || code=$?
@@ -174,21 +174,8 @@ step3=("${config[@]}" --actor_model_name_or_path "$actor" --critic_model_name_or
 
 # a wrong flag of the last stage, or data that it cannot use, must not show after the hours of the first
 echo "run_all.sh: checking the flags and the data of all stages"
-PYTHONPATH=$here "$python" -P - "${step1[@]}" -- "${step2[@]}" -- "${step3[@]}" <<'PYTHON'
-import sys
-import step1_sft, step2_reward, step3_ppo
-from data import load_records, one_sentence, parse_config
-from hybrid_engine import check_flags
-flags = [part.split("\0") for part in "\0".join(sys.argv[1:]).split("\0--\0")]
-for number, (stage, argv) in enumerate(zip((step1_sft, step2_reward, step3_ppo), flags), 1):
-    sys.argv[0] = f"{stage.__name__}.py"
-    with one_sentence():
-        config = parse_config(stage.Config, "", argv)
-        check_flags(config)
-        if number == 3:
-            step3_ppo.check_rollout(config)
-        load_records(config, number, log=lambda sentence: None)
-PYTHON
+run_all() { PYTHONPATH=$here "$python" -P -m support.run_all "$@"; }  # -P: not this working directory's modules
+run_all check step1_sft "${step1[@]}" -- step2_reward "${step2[@]}" -- step3_ppo "${step3[@]}"
 
 stage step1_sft "${step1[@]}"
 hand_out sft
@@ -200,13 +187,5 @@ stage step3_ppo "${step3[@]}"
 # -----------------------------------------------------------------------------
 # the numbers, from output/summary.json
 
-"$python" - "$out/summary.json" <<'PYTHON'
-import json, sys
-summary = json.load(open(sys.argv[1]))
-print(f"\n{'stage':<8}{'seconds':>9}   held-out result        ({summary['model']} on {summary['hardware']}, seed {summary['seed']})")
-for stage, names in (("sft", ("perplexity", "gold")), ("reward", ("accuracy",)), ("ppo", ("score", "kl", "gold"))):
-    results = "   ".join(f"{name} {summary[stage][name]:.3f}" for name in names if name in summary[stage])
-    print(f"{stage:<8}{summary[stage]['seconds']:>9.0f}   {results}")
-print(f"{'all':<8}{summary['seconds']:>9.0f}   (in the stages; launching and importing come on top)")
-PYTHON
+run_all table "$out/summary.json"
 echo; echo "Talk to it: $python chat.py --path $out/actor"

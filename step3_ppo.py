@@ -1,45 +1,49 @@
 """
-Step 3: reinforcement learning from human feedback with PPO. The actor answers prompts; the reward model scores the
-answers; the actor moves towards what scores well, and a KL penalty keeps it near the model it came from.
+Step 3: reinforcement learning from human feedback with PPO. The actor answers prompts; the reward
+model scores the answers; the actor moves towards what scores well, and a KL penalty keeps it near
+the model it came from.
 
-    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]  (+ c E log pi(text))               Ouyang et al. 2022, eq. 2
+    maximise E [ r(x, y) - beta KL(pi || pi_ref) ]  (+ c E log pi(text))
+                                                                   Ouyang et al. 2022, eq. 2
 
     reward of token t   R_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t is the last] r(x, y)
-    advantage           A_t = sum_k (gamma lam)^k delta_{t+k}                          Schulman et al. 2016, eq. 16
+    advantage           A_t = sum_k (gamma lam)^k delta_{t+k}      Schulman et al. 2016, eq. 16
                         delta_t = R_t + gamma V_{t+1} - V_t
-    actor loss          - min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t )          Schulman et al. 2017, eq. 7
-                        rho_t = pi(y_t) / pi_old(y_t)
-    critic loss         1/2 max( (V_t - G_t)^2, (clip(V_t, V_old,t +- eps_v) - G_t)^2 ),  G_t = A_t + V_old,t
+    actor loss          - min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t )
+                        rho_t = pi(y_t) / pi_old(y_t)              Schulman et al. 2017, eq. 7
+    critic loss         1/2 max( (V_t - G_t)^2, (clip(V_t, V_old,t +- eps_v) - G_t)^2 )
+                        G_t = A_t + V_old,t
 
---advantage rloo, grpo and reinforce put other estimates in A_t's place and go without a critic. --reward_fn takes
-r(x, y) from Python functions or several models. --unsupervised_data_path adds the text term, "ptx".
+--advantage rloo, grpo and reinforce put other estimates in A_t's place and go without a critic.
+--reward_fn takes r(x, y) from Python functions or several models. --unsupervised_data_path adds the
+text term, "ptx".
 
-Every sum runs over the response's tokens, its EOS included (so the model learns when to stop) and nothing after it.
-Which tokens those are is known from the response's length, never found by comparing ids with PAD or EOS.
+Every sum runs over the response's tokens, its EOS included (so the model learns when to stop) and
+nothing after it. Which tokens those are is known from the response's length, never found by
+comparing ids with PAD or EOS.
 
-    python step3_ppo.py --actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --max_answer_seq_len 40 --max_steps 30
+    # on `tiny`'s output/sft and output/reward: half a CPU minute
+    python step3_ppo.py --actor_learning_rate 3e-4 --critic_learning_rate 3e-4 \\
+        --max_answer_seq_len 40 --max_steps 30
     python step3_ppo.py --advantage rloo --num_generations 4 --reward_fn my_rewards.py:polite
-    deepspeed step3_ppo.py --data_path Dahoas/rm-static              # one GPU; reads output/sft and output/reward
-    deepspeed --num_gpus 8 step3_ppo.py --deepspeed_config configs/1node.json --data_path Dahoas/rm-static
+    # one GPU, eight
+    deepspeed step3_ppo.py --data_path Dahoas/rm-static
+    deepspeed --num_gpus 8 step3_ppo.py --deepspeed_config configs/1node.json \\
+        --data_path Dahoas/rm-static
 
-Reads   prompts of --data_path; the SFT model (actor and reference); the reward model (also the critic's first weights)
-Writes  output/actor and output/critic, Hugging Face folders; output/actor_ema with --enable_ema; metrics.jsonl;
-        its numbers in output/summary.json
+Reads   prompts of --data_path; the SFT model (actor and reference); the reward model (also the
+        critic's first weights)
+Writes  output/actor and output/critic, Hugging Face folders; output/actor_ema with --enable_ema;
+        metrics.jsonl; its numbers in output/summary.json
 
-Unlike DeepSpeed-Chat's step 3: rollouts are sampled, not greedy; EOS is trained; dropout is off, so the first ratio is
-exactly 1; advantages are whitened over all ranks; losses are normalised by the global token count; reward model and
-critic speak in the reward model's own standard deviations from its own mean, in which --reward_clip and
---cliprange_value are too.
+Unlike DeepSpeed-Chat's step 3: rollouts are sampled, not greedy; EOS is trained; dropout is off, so
+the first ratio is exactly 1; advantages are whitened over all ranks; losses are normalised by the
+global token count; reward model and critic speak in the reward model's own standard deviations from
+its own mean, in which --reward_clip and --cliprange_value are too.
 """
 
-import functools
-import importlib.util
-import inspect
 import json
-import sys
 import time
-import traceback
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,51 +51,106 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from bench.doctor import RunDoctor
-from bench.memory_plan import dry_run, empty_model
-from bench.preflight import preflight
-from data import (Collator, DataConfig, MicroBatches, UsageError, count_steps, decode_answers, encode_records,
-                  encode_text, flag, gold_scorer, load_records, load_tokenizer, make_dataloader, training_steps)
-from hybrid_engine import (Checkpoints, EngineConfig, ExponentialMovingAverage, InferenceEngine, LanguageModel,
-                           MetricsLog, RewardModel, adapters_off, add_lora, all_sum, frozen_engine, last_token,
-                           load_model, mean, memory_gb, on_any_rank, parameter_count, print0, print_answers, run_stage,
-                           save_model, setup, tensor_parallel_group, to_device, train_engine, train_step, write_summary)
-from kernels.gae import gae
-from kernels.ppo_loss import ppo_actor_loss
+from data import (decode_answers, load_stage_data, load_text_batches, load_tokenizer,
+                  training_steps)
+from hybrid_engine import (ExponentialMovingAverage, InferenceEngine, frozen_model,
+                           tensor_parallel_group, train_engine, train_step)
+from support.checkpoints import Checkpoints
+from support.doctor import RunDoctor
+from support.flags import RunConfig, UsageError, flag
+from support.lora import WithoutAdapters
+from support.metrics import MetricsLog, Sums, print_answers
+from support.models import last_token, load_language_model, load_reward_model, save_model
+from support.plan import dry_run
+from support.preflight import preflight
+from support.processes import all_sum, print0, run_stage, setup, to_device
+from support.reward_functions import load_reward_function
+
+EMA_DECAY = 0.992  # Ouyang et al. 2022, appendix C
 
 
 @dataclass
-class Config(EngineConfig, DataConfig):
-    actor_model_name_or_path: str = flag("", "the SFT model: actor and reference start from it; default OUTPUT_DIR/sft")
-    critic_model_name_or_path: str = flag("", "the reward model; the critic starts from it; default OUTPUT_DIR/reward")
-    reward_fn: list[str] = flag([], "file.py:function or reward models, one or more; default: the critic's start")
+class Config(RunConfig):
+    # models and rewards
+    actor_model_name_or_path: str = flag("", "the SFT model: start of actor and reference; default "
+                                             "OUTPUT_DIR/sft")
+    critic_model_name_or_path: str = flag("", "the reward model, start of the critic; default "
+                                              "OUTPUT_DIR/reward")
+    reward_fn: list[str] = flag([], "file.py:function or reward models; default: the reward model")
     reward_weights: list[float] = flag([], "of --reward_fn's scores in their sum; default 1 each")
-    actor_learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top")
-    critic_learning_rate: float = flag(5e-6, "AdamW's, at the schedule's top")
-    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = flag("gae", "estimator; all but gae go without a critic")
-    num_generations: int = flag(1, "answers to each prompt of a rollout; rloo and grpo compare them, so need 2 or more")
-    per_device_generation_batch_size: int = flag(16, "prompts answered in one rollout on each device")
-    ppo_epochs: int = flag(1, "passes over a rollout before the next")
-    kl_coef: float = flag(0.05, "beta, reward units per nat")
-    kl_target: float = flag(0.0, "nats a response to steer the KL to by adapting kl_coef; 0: kl_coef is fixed")
-    gamma: float = flag(1.0, "discount")
-    lam: float = flag(0.95, "GAE's lambda")
-    cliprange: float = flag(0.2, "eps of the actor's clip")
-    cliprange_value: float = flag(0.2, "eps_v of the critic's clip")
-    reward_clip: float = flag(5.0, "normalised scores are clipped to +- this, before the KL is added")
-    missing_eos_penalty: float = flag(0.0, "taken off the score of an answer that did not end")
+    reward_clip: float = flag(5.0, "bound of normalised scores, before the KL is added", at_least=0)
+    missing_eos_penalty: float = flag(0.0, "taken off the score of an unended answer", at_least=0)
+    kl_coef: float = flag(0.05, "beta, reward units per nat", at_least=0)
+    kl_target: float = flag(0.0, "nats a response to steer to by kl_coef; 0: fixed", at_least=0)
+    # rollouts
+    per_device_generation_batch_size: int = flag(16, "prompts of a rollout a device", at_least=1)
+    num_generations: int = flag(1, "answers to a prompt; rloo and grpo need 2 or more", at_least=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probabilities")
-    top_p: float = flag(1.0, "nucleus sampling in rollouts; below 1 the ratio's policy is still the whole one")
-    inference_tp_size: int = flag(1, "processes that share one copy of the actor's weights while generating")
-    unsupervised_data_path: list[str] = flag([], "plain text (.txt, .gz, any source) to stay good at: the ptx term")
-    unsup_coef: float = flag(27.8, "weight of the ptx term's loss, nats a token, in the actor's")
-    eval_steps: int = flag(0, "steps between evaluations on held-out prompts, logged as eval/...; 0: at the end only")
-    enable_ema: bool = flag(False, "also keep and save an average of the actor's weights (decay 0.992)")
-    skip_preflight: bool = flag(False, "start without the checks of models, data and sampler before the first update")
+    top_p: float = flag(1.0, "nucleus sampling; below 1 answers come from the truncated "
+                             "distribution, while PPO's ratio uses the full one", over=0, at_most=1)
+    inference_tp_size: int = flag(1, "processes that share one copy of the weights to generate")
+    # updates
+    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = flag(
+        "gae", "estimator; all but gae go without a critic")
+    gamma: float = flag(1.0, "discount", at_least=0, at_most=1)
+    lam: float = flag(0.95, "GAE's lambda", at_least=0, at_most=1)
+    cliprange: float = flag(0.2, "eps of the actor's clip", at_least=0)
+    cliprange_value: float = flag(0.2, "eps_v of the critic's clip", at_least=0)
+    ppo_epochs: int = flag(1, "passes over a rollout before the next", at_least=1)
+    actor_learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top", at_least=0)
+    critic_learning_rate: float = flag(5e-6, "AdamW's, at the schedule's top", at_least=0)
+    unsupervised_data_path: list[str] = flag([], "plain text to stay good at: the ptx term")
+    unsup_coef: float = flag(27.8, "weight of the ptx term's loss, nats a token", at_least=0)
+    enable_ema: bool = flag(False, f"also save an average of the actor's weights ({EMA_DECAY})")
+    # the run
+    eval_steps: int = flag(0, "steps between evaluations; 0: at the end only", at_least=0)
+    skip_preflight: bool = flag(False, "no checks of models, data, sampler before the first update")
+
+    @property
+    def rollout_rows(self):
+        """Answers in one rollout on each device."""
+        return self.per_device_generation_batch_size * self.num_generations
+
+    @property
+    def minibatch_rows(self):
+        """Answers in one optimizer step on each device."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def updates_per_rollout(self):
+        """Optimizer steps that one rollout is used for."""
+        return self.ppo_epochs * (self.rollout_rows // self.minibatch_rows)
+
+    def check(self):
+        super().check()
+        for name in self.reward_fn:
+            load_reward_function(name)  # raises where it is not there
+        if not self.temperature > 0:
+            raise UsageError(f"--temperature {self.temperature}: rollouts are sampled, so it must be "
+                             "over 0 (PPO learns nothing from greedy answers).")
+        if self.advantage in ("rloo", "grpo") and self.num_generations < 2:
+            raise UsageError(
+                f"--advantage {self.advantage} compares the answers to one prompt with each other, "
+                f"and --num_generations is {self.num_generations}: 2 or more are needed, 4 are "
+                "usual.")
+        if self.rollout_rows % self.minibatch_rows:
+            raise UsageError(
+                f"--per_device_generation_batch_size {self.per_device_generation_batch_size} x "
+                f"--num_generations {self.num_generations} must be a multiple of "
+                f"--per_device_train_batch_size {self.per_device_train_batch_size} x "
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: a rollout is "
+                "used up by whole optimizer steps.")
+        if self.kl_target > 0 and self.kl_coef == 0:
+            raise UsageError("--kl_target steers by multiplying --kl_coef, and 0 stays 0: give it a "
+                             "start over 0.")
+        scorers = max(len(self.reward_fn), 1)
+        if self.reward_weights and len(self.reward_weights) != scorers:
+            raise UsageError(f"--reward_weights has {len(self.reward_weights)} entries for {scorers} "
+                             "rewards; one number a reward is needed.")
 
 
 # -----------------------------------------------------------------------------
-# the maths (with `gae` and the actor's clipped loss, which are kernels/gae.py and kernels/ppo_loss.py)
+# the maths: rewards
 
 def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """
@@ -102,25 +161,62 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     mask                     (B, R) 1.0 on response tokens up to and including EOS, 0.0 after
     returns                  (B, R), zero where mask is zero
     """
-    rewards = -kl_coef * (logprobs - ref_logprobs) * mask
+    kl_per_token = logprobs - ref_logprobs  # Schulman's k1: its mean is the KL, its sign is free
+    rewards = -kl_coef * kl_per_token * mask
     last = mask.sum(1).long() - 1
     return rewards.scatter_add(1, last[:, None], scores[:, None])
 
 
+def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
+    """
+    Proportional controller of the KL penalty (Ziegler et al. 2019, section 2.2). The error is
+    clipped to +-0.2, time is counted in responses; kl and target in nats a response.
+    """
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return kl_coef * (1 + error * responses / horizon)
+
+
+# -----------------------------------------------------------------------------
+# the maths: advantages
+
+@torch.no_grad()
+def gae(rewards, values, mask, gamma, lam):
+    """
+    Generalised advantage estimation (Schulman et al. 2016, eq. 16) over response tokens.
+
+    rewards, values  (B, R) float32, right-padded; values are the critic's before this update
+    mask             (B, R) 1.0 on response tokens up to and including EOS, 0.0 after
+    returns          advantages, value targets: both (B, R), zero where mask is zero; detached
+    """
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros_like(rewards[:, 0])  # nothing follows the last token
+    next_advantage = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.size(1))):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = mask[:, t] * (delta + gamma * lam * next_advantage)
+        advantages[:, t] = next_advantage
+        next_value = mask[:, t] * values[:, t]
+    return advantages, mask * (advantages + values)
+
+
 def reinforce(rewards, mask, gamma):
     """
-    Advantages of REINFORCE++ before whitening: the discounted sum of a token's reward and all that follow, (B, R) like
-    gae's arguments (Hu 2025, arXiv 2501.03262). It is gae with a critic that says 0 and lambda 1.
+    Advantages of REINFORCE++ before whitening: the discounted sum of a token's reward and all that
+    follow, (B, R) like gae's arguments (Hu 2025, arXiv 2501.03262). It is gae with a critic that
+    says 0 and lambda 1.
     """
-    return gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)[0]
+    no_values = torch.zeros_like(rewards)
+    advantages, _ = gae(rewards, no_values, mask, gamma, 1.0)
+    return advantages
 
 
 def rloo(rewards, n):
     """
-    REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, section 2.2): what a response earned, its KL
-    penalty included, minus the mean of what the n - 1 others to the same prompt earned.
+    REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740, section 2.2): what a response
+    earned, its KL penalty included, minus the mean of what the n - 1 others to the same prompt
+    earned.
 
-    rewards  (B, R), rows of one prompt together, n each -> advantages (B, 1), the same for all tokens
+    rewards  (B, R), rows of one prompt together, n each -> advantages (B, 1), one for all tokens
     """
     earned = rewards.sum(1).view(-1, n)
     others = (earned.sum(1, keepdim=True) - earned) / (n - 1)
@@ -129,204 +225,175 @@ def rloo(rewards, n):
 
 def grpo(scores, n):
     """
-    Group-relative advantages (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): a score's distance from the mean of
-    the n responses to its prompt, in their standard deviations. The KL is no part of it: see kl_penalty.
+    Group-relative advantages (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): a score's
+    distance from the mean of the n responses to its prompt, in their standard deviations. The KL is
+    no part of it: see kl_loss_k3.
 
-    scores  (B,), rows of one prompt together, n each -> advantages (B, 1); 0 where all n score the same
+    scores  (B,), rows of one prompt together, n each -> advantages (B, 1); 0 where all n are equal
     """
     group = scores.view(-1, n)
-    return ((group - group.mean(1, keepdim=True)) / (group.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+    distance = group - group.mean(1, keepdim=True)
+    return (distance / (group.std(1, keepdim=True) + 1e-4)).view(-1, 1)
 
 
-def kl_penalty(logprobs, ref_logprobs, mask):
+def whiten(values, mask):
     """
-    Summed KL(pi || pi_ref) in nats by Schulman's k3, exp(d) - d - 1 with d = log pi_ref - log pi: never negative, and
-    GRPO's term in the loss (Shao et al. 2024, eq. 4). d is bounded like PPO's log-ratio.
+    values (B, R) float32 -> mean 0 and variance 1 over the mask's tokens of all ranks, zero
+    elsewhere. Sums are float64. Collective.
+    """
+    exact = values.double()
+    total, squares, count = all_sum((exact * mask).sum(), (exact.square() * mask).sum(), mask.sum())
+    mean = total / count
+    variance = max(squares / count - mean**2, 0)
+    return (values - mean) * mask / (variance + 1e-8) ** 0.5
+
+
+# -----------------------------------------------------------------------------
+# the maths: losses, as sums over tokens. Callers divide by the tokens of the whole batch over all
+# micro-batches and ranks, so that neither changes the loss.
+
+def ppo_actor_loss(logprobs, old_logprobs, advantages, mask, cliprange):
+    """
+    PPO's clipped loss (Schulman et al. 2017, eq. 7) and its statistics. All arguments (B, R) but
+    cliprange; what they hold where mask is zero does not matter.
+
+    returns  loss; tokens whose gradient the clip took; sum of (log ratio)^2 / 2, which is
+             Schulman's k2 of the KL to the old policy (http://joschu.net/blog/kl-approx.html)
+    """
+    inside = mask > 0
+    log_ratio = torch.where(inside, logprobs.float() - old_logprobs, 0.0)
+    log_ratio = log_ratio.clamp(-20, 20)  # one broken token must not make the step infinite
+    advantages = torch.where(inside, advantages, 0.0)  # padding may hold anything, NaN too
+    ratio = log_ratio.exp()
+    free = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = torch.maximum(free, clipped).sum()
+    with torch.no_grad():
+        clipped_tokens = (clipped > free).float().sum()
+        approx_kl = 0.5 * log_ratio.square().sum()
+    return loss, clipped_tokens, approx_kl
+
+
+def critic_loss(values, old_values, returns, mask, cliprange_value):
+    """
+    Half the larger squared error, with or without the clip around the old values. All (B, R) but
+    cliprange_value -> loss, clipped tokens.
+    """
+    # clamp, because it leaves values inside the range exactly as they are
+    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)
+    error = (values - returns).square()
+    clipped_error = (clipped_values - returns).square()
+    loss = 0.5 * (torch.max(error, clipped_error) * mask).sum()
+    return loss, ((clipped_error > error) * mask).sum()
+
+
+def kl_loss_k3(logprobs, ref_logprobs, mask):
+    """
+    GRPO's loss term (Shao et al. 2024, eq. 4), not PPO's penalty: summed KL(pi || pi_ref) in nats by
+    Schulman's k3, exp(d) - d - 1 with d = log pi_ref - log pi, which is never negative. d is bounded
+    like PPO's log-ratio.
     """
     d = ((ref_logprobs - logprobs) * mask).clamp(-20, 20)
     return (d.exp() - d - 1).sum()
 
 
-def whiten(values, mask):
-    """
-    values (B, R) float32 -> mean 0 and variance 1 over the mask's tokens of all ranks, zero elsewhere; sums in float64.
-    """
-    total, squares, count = all_sum((values.double() * mask).sum(), (values.double().square() * mask).sum(), mask.sum())
-    center = total / count
-    return (values - center) * mask / (max(squares / count - center**2, 0) + 1e-8) ** 0.5
-
-
-def critic_loss(values, old_values, returns, mask, cliprange_value):
-    """Half the larger squared error, with or without the clip around the old values, summed -> loss, clipped tokens."""
-    clipped_values = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # exactly values inside
-    plain, clipped = (values - returns).square(), (clipped_values - returns).square()
-    return 0.5 * (torch.max(plain, clipped) * mask).sum(), ((clipped > plain) * mask).sum()
-
-
-def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
-    """
-    Proportional controller (Ziegler et al. 2019, section 2.2): error clipped to +-0.2, time in responses; kl and target
-    in nats a response.
-    """
-    return kl_coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * responses / horizon)
-
-
 # -----------------------------------------------------------------------------
-# rewards of one's own: Python functions with TRL's signature
-
-@functools.cache
-def load_reward_function(name):
-    """'file.py:function' -> the function; None for anything else, which is a reward model then."""
-    path, _, function = name.rpartition(":")
-    if name.endswith(".py"):
-        raise UsageError(f"--reward_fn {name}: the function is missing; {name}:function is the form.")
-    if not path.endswith(".py"):
-        return None
-    if not Path(path).is_file():
-        raise UsageError(f"--reward_fn {name}: the file {path} does not exist.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.append(str(Path(path).resolve().parent))  # its own imports, as if it were run
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        raise UsageError(f"--reward_fn {name}: importing {path} fails: {type(error).__name__}: {error}.") from error
-    if not callable(getattr(module, function, None)):
-        there = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise UsageError(f"--reward_fn {name}: {path} has no function {function}; it has {', '.join(there) or 'none'}.")
-    return getattr(module, function)
-
-
-def call_reward_function(name, function, records, answers):
-    """
-    Scores of answers (texts) to the prompts of records, by function(prompts, completions, **columns) -> (B,) float32.
-
-    prompts, completions  lists of texts where the data's `prompt` column holds text, else lists of message lists
-    columns               a list for each column the data has beside them; `chosen` and `rejected` always
-    """
-    text = all(isinstance(record.columns.get("prompt"), str) for record in records)
-    prompts = [record.columns["prompt"] if text else record.prompt for record in records]
-    completions = answers if text else [[{"role": "assistant", "content": answer}] for answer in answers]
-    columns = {"chosen": [record.chosen for record in records], "rejected": [record.rejected for record in records]}
-    for column in sorted({column for record in records for column in record.columns} - {"prompt"}):
-        columns[column] = [record.columns.get(column) for record in records]
-    try:
-        inspect.signature(function).bind(prompts=prompts, completions=completions, **columns)
-    except TypeError as error:
-        raise UsageError(f"--reward_fn {name} must take (prompts, completions, **columns), and the data's columns are "
-                         f"{', '.join(columns)}: {error}.") from error
-    try:
-        returned = function(prompts=prompts, completions=completions, **columns)
-    except Exception as error:  # whatever a user's function raises
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        raise UsageError(f"--reward_fn {name} failed in {place.filename}, line {place.lineno}: {type(error).__name__}: "
-                         f"{error}. The columns it was given: {', '.join(columns)}.") from error
-    try:
-        scores = torch.tensor([float(score) for score in returned])
-    except (TypeError, ValueError):
-        scores = []
-    if len(scores) != len(answers):
-        raise UsageError(f"--reward_fn {name} must return a list of {len(answers)} numbers, one an answer; "
-                         f"{type(returned).__name__} {str(returned)[:100]} came.")
-    return scores
-
-
-# -----------------------------------------------------------------------------
-# the RLHF API: four models, and the two halves of a PPO step
+# the RLHF API: the models, and the two halves of a PPO step
 
 class DeepSpeedRLHFEngine:
     """
-    The models of RLHF on DeepSpeed. `actor` and `critic` train; `critic` is None unless the advantages are gae's.
-    `ref` (the actor's start) and `rewards` (by name: reward models or Python functions; one model unless --reward_fn
-    says otherwise) are only read. `generator` samples from the actor's own weights. With --only_optimize_lora the
-    reference is the actor with its adapters off: no memory.
+    The models of RLHF on DeepSpeed.
+
+    actor, critic  are trained; critic is None unless the advantages are gae's
+    ref            the actor's start, only read. With --only_optimize_lora it is the actor with its
+                   adapters off, for no memory
+    scorers        by name: reward models, only read, and Python functions; one model unless
+                   --reward_fn says otherwise
+    reward_model   the first reward model among them, or None
+    generator      samples from the actor's own weights
 
     num_total_iters   rollouts of the whole run, for the learning-rate schedules
     args              a Config
     """
 
-    def __init__(self, actor_model_name_or_path, critic_model_name_or_path, tokenizer, num_total_iters, args):
-        check_rollout(args)
-        minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        rollout_rows = args.per_device_generation_batch_size * args.num_generations
-        names = args.reward_fn or [critic_model_name_or_path]
-        functions = {name: load_reward_function(name) for name in names}  # before anything slow
-        settings = setup(args)
-        updates = num_total_iters * args.ppo_epochs * (rollout_rows // minibatch_rows)
-        self.tokenizer, self.args = tokenizer, args
-
+    def __init__(self, actor_model_name_or_path, critic_model_name_or_path, tokenizer,
+                 num_total_iters, args):
+        ds_config = setup(args)
         longest = args.max_prompt_seq_len + args.max_answer_seq_len
+        total_updates = num_total_iters * args.updates_per_rollout
+        self.tokenizer = tokenizer
+        self.args = args
 
-        def load_actor():
-            return load_model(actor_model_name_or_path, tokenizer, settings, longest)
+        def load_policy(lora=None):
+            return load_language_model(actor_model_name_or_path, tokenizer, ds_config, longest, lora)
 
-        def load_score(name, **options):
-            if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
-                raise UsageError(f"{name}: its tokenizer has another vocabulary than the actor's, so it cannot read "
-                                 "the actor's answers. Train it from the same SFT model, or from one of the same "
-                                 "family.")
-            model = load_model(name, tokenizer, settings, longest, head="score", **options)
-            if not hasattr(model.config, "score_std") and not options:
-                print0(f"warning: {name} has no score_mean and score_std in its config.json, which step2_reward.py "
-                       f"writes: its scores are taken as they are, and clipped to +-{args.reward_clip:g}.")
-            return RewardModel(model, normalise=True)
+        def load_scorer(name, **options):
+            check_vocabulary(name, tokenizer)
+            return load_reward_model(name, tokenizer, ds_config, longest, normalise=True, **options)
 
-        actor = LanguageModel(add_lora(load_actor(), args))
-        adapters_only = args.lora_dim and args.only_optimize_lora  # then the actor without them is the reference
-        self.ref = None if adapters_only else frozen_engine(LanguageModel(load_actor()), settings)
-        self.rewards = {}  # by name
-        for name in names:
-            short = name.rpartition(":")[2] if functions[name] else Path(name).name  # what its scores are logged as
-            self.rewards[name if short in self.rewards else short] = (
-                functions[name] or frozen_engine(load_score(name), settings))
-        models = [reward for reward in self.rewards.values() if isinstance(reward, torch.nn.Module)]
-        self.reward = models[0] if models else None  # the first reward model
-        self.actor = train_engine(actor, settings, args, args.actor_learning_rate, updates)
+        # The actor, and the reference where it needs weights of its own.
+        actor = load_policy(lora=args)
+        adapters_only = args.lora_dim and args.only_optimize_lora
+        if not adapters_only:
+            self.ref = frozen_model(load_policy(), ds_config)
+
+        # What scores the answers. A scorer is logged under its short name where that is free.
+        self.scorers = {}
+        self.reward_model = None
+        for name in args.reward_fn or [critic_model_name_or_path]:
+            scorer = load_reward_function(name)
+            short_name = name.rpartition(":")[2] if scorer else Path(name).name
+            if scorer is None:
+                model = load_scorer(name)
+                warn_unless_normalised(name, model, args.reward_clip)
+                scorer = frozen_model(model, ds_config)
+                self.reward_model = self.reward_model or scorer
+            self.scorers[name if short_name in self.scorers else short_name] = scorer
+
+        self.actor = train_engine(actor, ds_config, args, args.actor_learning_rate, total_updates)
+        if adapters_only:
+            self.ref = WithoutAdapters(self.actor)
+
+        # The critic starts from the reward model. With --reward_fn there may be none, then it starts
+        # from the actor's model, with a new head.
         self.critic = None
         if args.advantage == "gae":
-            start = critic_start(actor_model_name_or_path, critic_model_name_or_path)
-            critic = load_score(start, score_from_lm=bool(args.reward_fn))
-            critic.model = add_lora(critic.model, args)
-            self.critic = train_engine(critic, settings, args, args.critic_learning_rate, updates)
-        self.ema = ExponentialMovingAverage(self.actor, decay=0.992) if args.enable_ema else None
-        self.generator = InferenceEngine(self.actor.module.model, tensor_parallel_group(args.inference_tp_size))
-        ends = self.actor.module.model.generation_config.eos_token_id
+            start = critic_model_name_or_path
+            if not start:
+                start = actor_model_name_or_path
+                print0(f"no reward model here: the critic starts from {start}, with a new head")
+            critic = load_scorer(start, new_head=bool(args.reward_fn), lora=args)
+            self.critic = train_engine(
+                critic, ds_config, args, args.critic_learning_rate, total_updates)
+
+        # What generates, from the actor's weights where they are trained.
+        self.ema = ExponentialMovingAverage(self.actor, EMA_DECAY) if args.enable_ema else None
+        model = self.actor.module.model
+        self.generator = InferenceEngine(model, tensor_parallel_group(args.inference_tp_size))
+        ends = model.generation_config.eos_token_id
         self.eos_token_ids = ends if isinstance(ends, list) else [ends]
 
 
-def check_rollout(args):
-    """Raises UsageError for flags of rollouts and rewards that do not go together, or reward functions not there."""
-    for name in args.reward_fn:
-        load_reward_function(name)
-    if args.advantage in ("rloo", "grpo") and args.num_generations < 2:
-        raise UsageError(f"--advantage {args.advantage} compares the answers to one prompt with each other, and "
-                         f"--num_generations is {args.num_generations}: 2 or more are needed, 4 are usual.")
-    minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    if args.per_device_generation_batch_size * args.num_generations % minibatch_rows:
-        raise UsageError(f"--per_device_generation_batch_size {args.per_device_generation_batch_size} x "
-                         f"--num_generations {args.num_generations} must be a multiple of "
-                         f"--per_device_train_batch_size {args.per_device_train_batch_size} x "
-                         f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: a rollout is used up "
-                         "by whole optimizer steps.")
-    if args.kl_target > 0 and args.kl_coef == 0:
-        raise UsageError("--kl_target steers by multiplying --kl_coef, and 0 stays 0: give it a start over 0.")
-    if args.reward_weights and len(args.reward_weights) != max(len(args.reward_fn), 1):
-        raise UsageError(f"--reward_weights has {len(args.reward_weights)} entries for {max(len(args.reward_fn), 1)} "
-                         "rewards; one number a reward is needed.")
+def check_vocabulary(name, tokenizer):
+    """Raises UsageError for a reward model that cannot read the actor's token ids."""
+    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
+        raise UsageError(
+            f"{name}: its tokenizer has another vocabulary than the actor's, so it cannot read the "
+            "actor's answers. Train it from the same SFT model, or from one of the same family.")
 
 
-def critic_start(actor_name, critic_name):
-    """What the critic starts from: with --reward_fn, and no reward model at the default place, the actor's model."""
-    if not critic_name:
-        print0(f"no reward model here: the critic starts from {actor_name}, with a new head")
-    return critic_name or actor_name
+def warn_unless_normalised(name, model, reward_clip):
+    if not hasattr(model.config, "score_std"):
+        print0(f"warning: {name} has no score_mean and score_std in its config.json, which "
+               "step2_reward.py writes: its scores are taken as they are, and clipped to "
+               f"+-{reward_clip:g}.")
 
 
 @dataclass
 class Experience:
     """
-    What one rollout taught, float32 unless noted; B responses (prompts x num_generations, those of a prompt together),
-    P prompt columns, R response columns. Nothing here carries a gradient.
+    What one rollout taught, float32 unless noted; B responses (prompts x num_generations, those of
+    a prompt together), P prompt columns, R response columns. Nothing here carries a gradient.
     """
     tokens: torch.Tensor          # (B, P + R) int64: prompts left-padded, responses right-padded
     attention_mask: torch.Tensor  # (B, P + R) int64: 1 on what is real
@@ -342,347 +409,477 @@ class Experience:
 
 class DeepSpeedPPOTrainer:
     """
-    `generate_experience` samples and scores, `train_rlhf` updates; `metrics` holds the last iteration's numbers, over
-    all ranks but for the times.
+    One PPO step is `generate_experience`, which samples and scores, and `train_rlhf`, which updates.
+
+    models   the DeepSpeedRLHFEngine
+    metrics  numbers of the last step, over all ranks but for the times
     """
 
     def __init__(self, engine, args):
-        self.engine, self.args = engine, args
-        self.kl_coef, self.iterations, self.metrics = args.kl_coef, 0, {}
+        self.models = engine
+        self.args = args
+        self.kl_coef = args.kl_coef
+        self.iterations = 0
+        self.metrics = {}
 
-    def respond(self, generator, prompt_batch, n, draw):
-        """
-        n sampled answers to each prompt -> Rollout, its attention_mask (B, P + R). The same `draw` (an int) gives the
-        same noise; training's count from 1.
-        """
-        args, engine, batch = self.args, self.engine, to_device(prompt_batch)
-        rollout = generator.generate(
-            batch["input_ids"], batch["attention_mask"], max_new_tokens=args.max_answer_seq_len,
-            temperature=args.temperature, top_p=args.top_p, eos_token_id=engine.eos_token_ids,
-            pad_token_id=engine.tokenizer.pad_token_id, num_return_sequences=n,
-            seed=args.seed + 1_000_003 * draw + dist.get_rank())  # ranks must not draw the same noise
-        return rollout, torch.cat([batch["attention_mask"].repeat_interleave(n, 0), rollout.mask.long()], dim=1)
-
-    def logprobs(self, tokens, attention_mask, mask):
-        """-> logprobs, ref_logprobs and entropy, each (B, R) float32, nats, by the training forward."""
-        engine, inputs = self.engine, (tokens, attention_mask, mask, self.args.temperature)
-        logprobs, entropy = engine.actor(*inputs)
-        if engine.ref is None:
-            with adapters_off(engine.actor):
-                return logprobs, engine.actor(*inputs)[0], entropy
-        return logprobs, engine.ref(*inputs)[0], entropy
-
-    def score(self, rollout, attention_mask, records):
-        """
-        -> {name: (B,) float32} of each reward, and their weighted sum (B,). A reward model's scores, which are in its
-        own standard deviations, are clipped; a function's are taken as they are.
-        """
-        args, engine, scores = self.args, self.engine, {}
-        for name, reward in engine.rewards.items():
-            if not isinstance(reward, torch.nn.Module):
-                if not records:
-                    raise UsageError(f"--reward_fn {name} scores text, and the batch has no `records` to take the "
-                                     "prompts from; data.Collator(3, ...) makes batches that have them.")
-                answers = decode_answers(engine.tokenizer, rollout)
-                with on_any_rank():
-                    scores[name] = call_reward_function(name, reward, records, answers).to(rollout.mask.device)
-            else:
-                score = last_token(reward(rollout.tokens, attention_mask), attention_mask)
-                scores[name] = score.clamp(-args.reward_clip, args.reward_clip)
-        bad = all_sum(*((~score.isfinite()).sum() for score in scores.values()))
-        for name, count in zip(scores, bad):
-            if count:  # on whatever rank: all of them end here
-                raise UsageError(f"the reward {name} gave {count:.0f} scores that are no finite numbers (NaN or "
-                                 "infinite); PPO cannot learn from them.")
-        weights = args.reward_weights or [1.0] * len(scores)
-        return scores, sum(weight * score for weight, score in zip(weights, scores.values()))
-
-    def state_dict(self):
-        """What a checkpoint holds beside DeepSpeed's files of actor and critic."""
-        return {"kl_coef": self.kl_coef, "iterations": self.iterations,
-                "ema": self.engine.ema.average if self.engine.ema else {}}  # rank 0's
-
-    def load_state_dict(self, state):
-        self.kl_coef, self.iterations = state["kl_coef"], state["iterations"]
-        if self.engine.ema:
-            self.engine.ema.average = state["ema"] if dist.get_rank() == 0 else {}
+    # -------------------------------------------------------------------------
+    # first half: answers, and what they earned
 
     @torch.no_grad()
     def generate_experience(self, prompt_batch):
         """
-        prompt_batch: input_ids and attention_mask (B, P) int64, left-padded; records, a list of B Preference, where a
-        reward is a Python function -> Experience.
-        """
-        args, engine, n = self.args, self.engine, self.args.num_generations
-        started, self.iterations = time.time(), self.iterations + 1
-        rollout, attention_mask = self.respond(engine.generator, prompt_batch, n, self.iterations)
-        generated = time.time()
-        memory = {name: size / 2**30 for name, size in engine.generator.memory.items()}  # this rank's
-        if self.iterations == 1 and memory:
-            sizes = ", ".join(f"{name} {size:.3f}" for name, size in memory.items())
-            print0(f"first rollout, GB a process: {sizes}; peak so far {memory_gb():.2f}")
+        One rollout -> Experience.
 
-        tokens, mask, R = rollout.tokens, rollout.mask, rollout.mask.size(1)
-        logprobs, ref_logprobs, entropy = self.logprobs(tokens, attention_mask, mask)
+        prompt_batch  input_ids and attention_mask (B, P) int64, left-padded; records, a list of B
+                      Preference, where a scorer is a Python function
+        """
+        args = self.args
+        n = args.num_generations
+        began = time.time()
+        self.iterations += 1
+
+        # 1. The actor answers every prompt n times.
+        rollout, attention_mask = self.respond(self.models.generator, prompt_batch, n,
+                                               self.iterations)
+        tokens = rollout.tokens
+        mask = rollout.mask
+        generated = time.time()
+
+        # 2. The scorers mark every answer.
         records = [record for record in prompt_batch.get("records", []) for _ in range(n)]
-        each, scores = self.score(rollout, attention_mask, records)
-        eos = torch.tensor(engine.eos_token_ids, device=tokens.device)
+        score_of, scores = self.score(rollout, attention_mask, records)
+        eos = torch.tensor(self.models.eos_token_ids, device=tokens.device)
         ended = torch.isin(last_token(tokens, attention_mask), eos).float()
         penalised = scores - args.missing_eos_penalty * (1 - ended)
-        rewards, values, returns = shape_rewards(penalised, logprobs, ref_logprobs, mask, self.kl_coef), None, None
-        if args.advantage == "gae":
-            # the state before a token ends one column earlier
-            values = engine.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
-            advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
-            advantages = whiten(advantages, mask)
-        elif args.advantage == "reinforce":
-            advantages = whiten(reinforce(rewards, mask, args.gamma), mask)
-        elif args.advantage == "rloo":
-            advantages = rloo(rewards, n) * mask
-        else:
-            advantages = grpo(penalised, n) * mask
 
-        kl = (logprobs - ref_logprobs).sum()
-        drift = ((logprobs - rollout.logprobs).abs() * mask).sum() if args.top_p == 1 else torch.zeros(())
-        kl, score, ended, entropy, drift, tokens_made, rows, read, *each_sum = all_sum(
-            kl, scores.sum(), ended.sum(), entropy.sum(), drift, mask.sum(), len(tokens), attention_mask.sum(),
-            *(score.sum() for score in each.values()))
-        self.rows, self.read = rows, read
-        self.metrics = {
-            "objective/kl": kl / rows, "objective/kl_coef": self.kl_coef, "objective/scores": score / rows,
-            **{f"objective/scores/{name}": total / rows for name, total in zip(each, each_sum)},
-            "objective/rlhf_reward": (score - self.kl_coef * kl) / rows, "objective/entropy": entropy / tokens_made,
-            "response/length": tokens_made / rows, "response/ended": ended / rows,
-            "response/logprob_drift": drift / tokens_made,
-            "time/generate": generated - started, "time/score": time.time() - generated,
-            **{f"memory/{name.replace(' ', '_')}_gb": size for name, size in memory.items()}}
-        return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores, rewards, advantages,
-                          returns)
+        # 3. Actor and reference say how likely each token was, the critic what it expects.
+        logprobs, ref_logprobs, entropy = self.actor_and_ref_logprobs(tokens, attention_mask, mask)
+        values = self.values(tokens, attention_mask, mask) if self.models.critic else None
+
+        # 4. Every token gets a reward, and from the rewards an advantage.
+        rewards = shape_rewards(penalised, logprobs, ref_logprobs, mask, self.kl_coef)
+        advantages, returns = self.advantages(rewards, values, penalised, mask)
+
+        # 5. Numbers for the log.
+        sums = Sums()
+        sums.add(rows=len(tokens), tokens=mask.sum(), kl=(logprobs - ref_logprobs).sum(),
+                 entropy=entropy.sum(), scores=scores.sum(), ended=ended.sum())
+        sums.add(**{f"scores/{name}": score.sum() for name, score in score_of.items()})
+        if args.top_p == 1:  # else the sampler's probabilities are of another distribution
+            sums.add(drift=((logprobs - rollout.logprobs).abs() * mask).sum())
+        self.metrics = self.rollout_metrics(sums.over_ranks(), score_of)
+        self.metrics["time/generate"] = generated - began
+        self.metrics["time/score"] = time.time() - generated
+        return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores,
+                          rewards, advantages, returns)
+
+    def respond(self, generator, prompt_batch, n, draw):
+        """
+        n sampled answers to each prompt -> Rollout, its attention_mask (B, P + R).
+
+        draw  numbers the noise: 1, 2, ... in training, -1, -2, ... in evaluation
+        """
+        args = self.args
+        batch = to_device(prompt_batch)
+        rollout = generator.generate(
+            batch["input_ids"], batch["attention_mask"], max_new_tokens=args.max_answer_seq_len,
+            temperature=args.temperature, top_p=args.top_p,
+            eos_token_id=self.models.eos_token_ids,
+            pad_token_id=self.models.tokenizer.pad_token_id, num_return_sequences=n,
+            seed=args.seed + 1_000_003 * draw + dist.get_rank())  # ranks must not draw the same noise
+        prompt_mask = batch["attention_mask"].repeat_interleave(n, 0)
+        return rollout, torch.cat([prompt_mask, rollout.mask.long()], dim=1)
+
+    def score(self, rollout, attention_mask, records):
+        """
+        -> {name: (B,) float32} of each scorer, and their weighted sum (B,). A reward model's scores,
+        which are in its own standard deviations, are clipped; a function's are taken as they are.
+
+        raises UsageError on all ranks for a score that is no finite number
+        """
+        args = self.args
+        score_of = {}
+        for name, scorer in self.models.scorers.items():
+            if isinstance(scorer, torch.nn.Module):
+                values = scorer(rollout.tokens, attention_mask)
+                score = last_token(values, attention_mask)
+                score_of[name] = score.clamp(-args.reward_clip, args.reward_clip)
+            elif records:
+                answers = decode_answers(self.models.tokenizer, rollout)
+                score_of[name] = scorer(records, answers).to(rollout.mask.device)
+            else:
+                raise UsageError(f"--reward_fn {name} scores text, and the batch has no `records` to "
+                                 "take the prompts from; data.Collator(3, ...) makes batches that "
+                                 "have them.")
+
+        not_finite = all_sum(*((~score.isfinite()).sum() for score in score_of.values()))
+        for name, count in zip(score_of, not_finite):
+            if count:
+                raise UsageError(f"the reward {name} gave {count:.0f} scores that are no finite "
+                                 "numbers (NaN or infinite); PPO cannot learn from them.")
+        weights = args.reward_weights or [1.0] * len(score_of)
+        return score_of, sum(weight * score for weight, score in zip(weights, score_of.values()))
+
+    def actor_and_ref_logprobs(self, tokens, attention_mask, mask):
+        """-> logprobs, ref_logprobs, entropy, each (B, R) float32, nats, by the training forward."""
+        inputs = (tokens, attention_mask, mask, self.args.temperature)
+        logprobs, entropy = self.models.actor(*inputs)
+        ref_logprobs, _ = self.models.ref(*inputs)
+        return logprobs, ref_logprobs, entropy
+
+    def values(self, tokens, attention_mask, mask):
+        """(B, R): the critic's value of the state before each response token, one column earlier."""
+        R = mask.size(1)
+        return self.models.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
+
+    def advantages(self, rewards, values, scores, mask):
+        """-> advantages, and the critic's targets (None without a critic), both (B, R)."""
+        args = self.args
+        if args.advantage == "gae":
+            advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)
+            return whiten(advantages, mask), returns
+        if args.advantage == "reinforce":
+            return whiten(reinforce(rewards, mask, args.gamma), mask), None
+        if args.advantage == "rloo":
+            return rloo(rewards, args.num_generations) * mask, None
+        return grpo(scores, args.num_generations) * mask, None
+
+    def rollout_metrics(self, total, score_of):
+        """total: sums over all ranks -> the metrics of a rollout, per answer or per token."""
+        rows = total["rows"]
+        tokens = total["tokens"]
+        metrics = {
+            "objective/kl": total["kl"] / rows,
+            "objective/kl_coef": self.kl_coef,
+            "objective/scores": total["scores"] / rows,
+            "objective/rlhf_reward": (total["scores"] - self.kl_coef * total["kl"]) / rows,
+            "objective/entropy": total["entropy"] / tokens,
+            "response/length": tokens / rows,
+            "response/ended": total["ended"] / rows,
+            "response/logprob_drift": total.get("drift", 0.0) / tokens,
+        }
+        for name in score_of:
+            metrics[f"objective/scores/{name}"] = total[f"scores/{name}"] / rows
+        for name, size in self.models.generator.memory.items():
+            metrics[f"memory/{name.replace(' ', '_')}_gb"] = size / 2**30  # this rank's
+        return metrics
+
+    # -------------------------------------------------------------------------
+    # second half: what is learned from them
 
     def train_rlhf(self, experience, unsupervised=None):
         """
-        `ppo_epochs` passes in shuffled minibatches, each one optimizer step of actor and critic -> mean actor and
-        critic loss (nats, reward^2; 0 without a critic).
+        `ppo_epochs` passes in shuffled minibatches, each one optimizer step of actor and critic ->
+        mean actor and critic loss (nats, reward^2; 0 without a critic).
 
-        unsupervised  iterator that yields, for each optimizer step, gradient_accumulation_steps batches of
-                      data.Collator(1): the actor minimises PPO's loss + unsup_coef x their mean nats a token in the
-                      same step (Ouyang et al. 2022, eq. 2)
+        unsupervised  iterator that yields, for each optimizer step, gradient_accumulation_steps
+                      batches of data.Collator(1). The actor then minimises PPO's loss + unsup_coef x
+                      their mean nats a token in the same step (Ouyang et al. 2022, eq. 2)
         """
-        args, engine, x = self.args, self.engine, experience
-        started, R = time.time(), x.mask.size(1)
-        minibatch_rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        if len(x.tokens) % minibatch_rows:  # the rest would wait in the gradients for the next rollout's
-            raise UsageError(f"a rollout of {len(x.tokens)} answers is not used up by optimizer steps of "
-                             f"--per_device_train_batch_size x --gradient_accumulation_steps = {minibatch_rows} rows; "
-                             "give batches of --per_device_generation_batch_size prompts (drop_last=True).")
-        sums, losses, critic_part = Counter(), [], 0.0
+        args = self.args
+        models = self.models
+        x = experience
+        began = time.time()
+        if len(x.tokens) % args.minibatch_rows:
+            # The gradients of a partial step would be added to the next rollout's.
+            raise UsageError(
+                f"a rollout of {len(x.tokens)} answers is not used up by optimizer steps of "
+                "--per_device_train_batch_size x --gradient_accumulation_steps = "
+                f"{args.minibatch_rows} rows; give batches of --per_device_generation_batch_size "
+                "prompts (drop_last=True).")
 
-        def actor_sum(micro_batch):
-            rows, text = micro_batch
-            logprobs, _ = engine.actor(x.tokens[rows], x.attention_mask[rows], x.mask[rows], args.temperature)
-            loss, clipped, approxkl = ppo_actor_loss(logprobs, x.logprobs[rows], x.advantages[rows], x.mask[rows],
-                                                     args.cliprange)
-            ratio = ((logprobs.detach() - x.logprobs[rows]).exp() * x.mask[rows]).sum()
-            sums.update(clipped=clipped, approxkl=approxkl, ratio=ratio, tokens=x.mask[rows].sum())
-            if args.advantage == "grpo":
-                loss = loss + self.kl_coef * kl_penalty(logprobs, x.ref_logprobs[rows], x.mask[rows])
-            if text:
-                trained = text["loss_mask"][:, 1:]
-                nats = -engine.actor(text["input_ids"], text["attention_mask"], trained)[0].sum()
-                sums.update(nats=nats.detach(), text_tokens=trained.sum())
-                loss = loss + args.unsup_coef * nats * count / text_tokens  # train_step divides all by count
-            return loss
-
-        def critic_sum(rows):
-            values = engine.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
-            loss, clipped = critic_loss(values, x.values[rows], x.returns[rows], x.mask[rows], args.cliprange_value)
-            squared_error = ((values.detach() - x.returns[rows]).square() * x.mask[rows]).sum()
-            sums.update(clipped_values=clipped, squared_error=squared_error)
-            return loss
-
+        sums = Sums()
         for _ in range(args.ppo_epochs):
+            # 1. The rows are dealt anew to minibatches.
             order = torch.randperm(len(x.tokens)).to(x.tokens.device)
-            for minibatch in order.split(minibatch_rows):
-                count, = all_sum(x.mask[minibatch].sum())
+            for minibatch in order.split(args.minibatch_rows):
                 micro_batches = minibatch.split(args.per_device_train_batch_size)
-                texts = list(map(to_device, next(unsupervised) if unsupervised else [{}] * len(micro_batches)))
-                text_tokens, = all_sum(sum(text["loss_mask"][:, 1:].sum() for text in texts if text))
-                actor_part, actor_norm = train_step(engine.actor, list(zip(micro_batches, texts)), actor_sum, count)
-                if engine.critic:
-                    critic_part, critic_norm = train_step(engine.critic, micro_batches, critic_sum, count)
-                losses.append(all_sum(actor_part, critic_part))
-                if engine.ema:
-                    engine.ema.update()
+                # Losses are divided by the response tokens of the minibatch on all ranks.
+                tokens, = all_sum(x.mask[minibatch].sum())
 
-        total = Counter(dict(zip(sums, all_sum(*sums.values()))))
-        each = {name: total[name] / total["tokens"] for name in total}
-        actor_mean, critic_mean = torch.tensor(losses).mean(0).tolist()
-        ptx = total["nats"] / max(total["text_tokens"], 1)
+                # 2. The actor's step: PPO's loss, and that of the text where there is any.
+                if unsupervised:
+                    texts = [to_device(text) for text in next(unsupervised)]
+                    text_tokens, = all_sum(sum(text["loss_mask"][:, 1:].sum() for text in texts))
+                    text_weight = args.unsup_coef * tokens / text_tokens
+
+                    def actor_loss(rows_and_text):
+                        rows, text = rows_and_text
+                        loss = self.actor_loss(x, rows, sums)
+                        return loss + text_weight * self.text_loss(text, sums)
+
+                    actor_sum, actor_norm = train_step(
+                        models.actor, list(zip(micro_batches, texts)), actor_loss, tokens)
+                else:
+                    actor_sum, actor_norm = train_step(
+                        models.actor, micro_batches, lambda rows: self.actor_loss(x, rows, sums),
+                        tokens)
+                sums.add(updates=1, actor_loss=actor_sum)
+
+                # 3. The critic's step.
+                critic_norm = None
+                if models.critic:
+                    critic_sum, critic_norm = train_step(
+                        models.critic, micro_batches, lambda rows: self.critic_loss(x, rows, sums),
+                        tokens)
+                    sums.add(critic_loss=critic_sum)
+                if models.ema:
+                    models.ema.update()
+
+        # 4. Numbers for the log, and the KL coefficient of the next rollout.
+        sums.add(rows=len(x.tokens), tokens_read=x.attention_mask.sum())
+        if models.critic:
+            sums.add(returns=x.returns.sum(), squared_returns=x.returns.square().sum(),
+                     response_tokens=x.mask.sum())
+        total = sums.over_ranks()
         if args.kl_target > 0:
-            self.kl_coef = adapt_kl_coef(self.kl_coef, self.metrics["objective/kl"], args.kl_target, self.rows)
-        seconds = time.time() - started
-        self.metrics.update({
-            "ppo/loss/policy": actor_mean - args.unsup_coef * ptx,
-            **({"ppo/loss/ptx": ptx} if unsupervised else {}), "ppo/policy/clipfrac": each["clipped"],
-            "ppo/policy/approxkl": each["approxkl"], "ppo/policy/ratio": each["ratio"],
-            "ppo/policy/grad_norm": actor_norm, "lr": engine.actor.get_lr()[0], "time/train": seconds})
-        if engine.critic:
-            returns, squares, count = all_sum(x.returns.sum(), x.returns.square().sum(), x.mask.sum())
-            variance = squares / count - (returns / count) ** 2
-            self.metrics.update({
-                "ppo/loss/value": critic_mean, "ppo/val/clipfrac": each["clipped_values"],
-                "ppo/val/var_explained": 1 - each["squared_error"] / max(variance, 1e-8),
-                "ppo/returns/mean": returns / count, "ppo/val/grad_norm": critic_norm})
-        seconds += self.metrics["time/generate"] + self.metrics["time/score"]
-        self.metrics["tokens_per_second"] = self.read / seconds
-        return actor_mean, critic_mean
+            self.kl_coef = adapt_kl_coef(self.kl_coef, self.metrics["objective/kl"], args.kl_target,
+                                         total["rows"])
+        self.metrics.update(self.update_metrics(total, actor_norm, critic_norm))
+        self.metrics["time/train"] = time.time() - began
+        seconds = sum(self.metrics[f"time/{part}"] for part in ("generate", "score", "train"))
+        self.metrics["tokens_per_second"] = total["tokens_read"] / seconds
+        updates = total["updates"] / dist.get_world_size()
+        return total["actor_loss"] / updates, total.get("critic_loss", 0.0) / updates
+
+    def actor_loss(self, x, rows, sums):
+        """PPO's loss of an Experience's rows, summed over their tokens; statistics into sums."""
+        mask = x.mask[rows]
+        old_logprobs = x.logprobs[rows]
+        logprobs, _ = self.models.actor(x.tokens[rows], x.attention_mask[rows], mask,
+                                        self.args.temperature)
+        loss, clipped, approxkl = ppo_actor_loss(
+            logprobs, old_logprobs, x.advantages[rows], mask, self.args.cliprange)
+        ratio = ((logprobs.detach() - old_logprobs).exp() * mask).sum()
+        sums.add(clipped=clipped, approxkl=approxkl, ratio=ratio, tokens=mask.sum())
+        if self.args.advantage == "grpo":
+            loss = loss + self.kl_coef * kl_loss_k3(logprobs, x.ref_logprobs[rows], mask)
+        return loss
+
+    def text_loss(self, text, sums):
+        """Batch of data.Collator(1) -> summed nats of its trained tokens; statistics into sums."""
+        trained = text["loss_mask"][:, 1:]
+        logprobs, _ = self.models.actor(text["input_ids"], text["attention_mask"], trained)
+        nats = -logprobs.sum()
+        sums.add(text_nats=nats.detach(), text_tokens=trained.sum())
+        return nats
+
+    def critic_loss(self, x, rows, sums):
+        """The critic's loss of an Experience's rows, summed over their tokens."""
+        mask = x.mask[rows]
+        returns = x.returns[rows]
+        R = mask.size(1)
+        values = self.models.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
+        loss, clipped = critic_loss(values, x.values[rows], returns, mask, self.args.cliprange_value)
+        squared_error = ((values.detach() - returns).square() * mask).sum()
+        sums.add(clipped_values=clipped, squared_error=squared_error)
+        return loss
+
+    def update_metrics(self, total, actor_norm, critic_norm):
+        """total: sums over all ranks, minibatches and epochs -> the metrics of the updates."""
+        tokens = total["tokens"]
+        updates = total["updates"] / dist.get_world_size()
+        ptx = total.get("text_nats", 0.0) / max(total.get("text_tokens", 0.0), 1)
+        metrics = {
+            "ppo/loss/policy": total["actor_loss"] / updates - self.args.unsup_coef * ptx,
+            "ppo/policy/clipfrac": total["clipped"] / tokens,
+            "ppo/policy/approxkl": total["approxkl"] / tokens,
+            "ppo/policy/ratio": total["ratio"] / tokens,
+            "ppo/policy/grad_norm": actor_norm,
+            "lr": self.models.actor.get_lr()[0],
+        }
+        if "text_nats" in total:
+            metrics["ppo/loss/ptx"] = ptx
+        if self.models.critic:
+            mean = total["returns"] / total["response_tokens"]
+            variance = total["squared_returns"] / total["response_tokens"] - mean**2
+            mean_squared_error = total["squared_error"] / tokens
+            metrics.update({
+                "ppo/loss/value": total["critic_loss"] / updates,
+                "ppo/val/clipfrac": total["clipped_values"] / tokens,
+                "ppo/val/var_explained": 1 - mean_squared_error / max(variance, 1e-8),
+                "ppo/val/grad_norm": critic_norm,
+                "ppo/returns/mean": mean,
+            })
+        return metrics
+
+    # -------------------------------------------------------------------------
+    # checkpoints
+
+    def state_dict(self):
+        """What a checkpoint holds beside DeepSpeed's files of actor and critic."""
+        average = self.models.ema.average if self.models.ema else {}  # rank 0's
+        return {"kl_coef": self.kl_coef, "iterations": self.iterations, "ema": average}
+
+    def load_state_dict(self, state):
+        self.kl_coef = state["kl_coef"]
+        self.iterations = state["iterations"]
+        if self.models.ema:
+            self.models.ema.average = state["ema"] if dist.get_rank() == 0 else {}
+
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+@dataclass
+class Evaluation:
+    """
+    numbers   over all ranks: score, kl (nats a response), gold and win_rate; the last two None where
+              nothing can be said
+    answered  pairs of record and answer, this rank's
+    grades    one an answer, this rank's: exact marks where the task has them, else scores
+    """
+    numbers: dict
+    answered: list
+    grades: list
 
 
 @torch.no_grad()
-def evaluate(trainer, dataloader, scorer, rivals=None):
+def evaluate(trainer, dataloader, scorer, before=None):
     """
-    Answers to the held-out prompts, sampled as in training and with the same noise at every call -> numbers over all
-    ranks, [(record, answer)] and marks of this rank's.
+    Answers to the held-out prompts, sampled as in training, with the same noise at every call ->
+    Evaluation.
 
     scorer  f(record, answer) -> exact mark of an answer, or None
-    rivals  marks of an earlier call, of the SFT model's answers: win_rate is the share of prompts whose answer is
-            marked better now, a tie counting half. Marks are the scorer's, without one the trained reward's scores
-    numbers score, kl (nats a response), gold and win_rate, the last two None where nothing can be said
+    before  an earlier Evaluation, of the SFT model: win_rate is then the share of prompts whose
+            answer has a higher grade now, a tie counting half
     """
-    engine, answered, marks, sums = trainer.engine, [], [], [0.0, 0.0]
+    models = trainer.models
+    answered = []
+    grades = []
+    sums = Sums()
     for number, batch in enumerate(dataloader, 1):
-        rollout, attention_mask = trainer.respond(engine.generator, batch, 1, -number)
-        logprobs, ref_logprobs, _ = trainer.logprobs(rollout.tokens, attention_mask, rollout.mask)
+        rollout, attention_mask = trainer.respond(models.generator, batch, 1, -number)
+        logprobs, ref_logprobs, _ = trainer.actor_and_ref_logprobs(
+            rollout.tokens, attention_mask, rollout.mask)
         _, scores = trainer.score(rollout, attention_mask, batch["records"])
-        answers = list(zip(batch["records"], decode_answers(engine.tokenizer, rollout)))
-        sums = [a + float(b) for a, b in zip(sums, (scores.sum(), (logprobs - ref_logprobs).sum()))]
-        marks += [scorer(record, answer) for record, answer in answers] if scorer else scores.tolist()
-        answered += answers
-    wins = sum((mark > rival) + 0.5 * (mark == rival) for mark, rival in zip(marks, rivals or []))
-    score, kl, marked, wins, count = all_sum(*sums, sum(marks), wins, len(marks))
-    return {"score": score / count, "kl": kl / count, "gold": marked / count if scorer else None,
-            "win_rate": wins / count if rivals else None}, answered, marks
+        sums.add(score=float(scores.sum()), kl=float((logprobs - ref_logprobs).sum()))
+        new = list(zip(batch["records"], decode_answers(models.tokenizer, rollout)))
+        grades += [scorer(*pair) for pair in new] if scorer else scores.tolist()
+        answered += new
+
+    # The mean grade is the gold score where grades are exact marks.
+    sums.add(answers=len(grades), grades=sum(grades))
+    if before:
+        wins = 0.0
+        for grade, grade_before in zip(grades, before.grades):
+            wins += (grade > grade_before) + 0.5 * (grade == grade_before)
+        sums.add(wins=wins)
+    total = sums.over_ranks()
+    count = total["answers"]
+    numbers = {"score": total["score"] / count, "kl": total["kl"] / count,
+               "gold": total["grades"] / count if scorer else None,
+               "win_rate": total["wins"] / count if before else None}
+    return Evaluation(numbers, answered, grades)
 
 
 def mean_gold(scorer, records, answers):
-    """Mean over all ranks of the task's exact marks in [0, 1]; records may have several answers each, in a row."""
-    copies = len(answers) // len(records)
-    return mean([scorer(records[i // copies], answer) for i, answer in enumerate(answers)])
+    """
+    Mean over all ranks of the task's exact marks in [0, 1]; each record has as many answers, in a
+    row.
+    """
+    n = len(answers) // len(records)
+    marks = [scorer(records[i // n], answer) for i, answer in enumerate(answers)]
+    total, count = all_sum(sum(marks), len(marks))
+    return total / count
 
 
-def planned_models(config):
-    """The models of DeepSpeedRLHFEngine without weights, for --dry_run; the one that generates comes first."""
-    actor, critic = config.actor_model_name_or_path, config.critic_model_name_or_path
-    models = {"actor": empty_model(actor, config)}
-    if not (config.lora_dim and config.only_optimize_lora):
-        models["ref"] = empty_model(actor, config, trained=False)
-    scorers = [name for name in config.reward_fn or [critic] if not name.rpartition(":")[0].endswith(".py")]
-    for i, name in enumerate(scorers):
-        models[f"reward {i + 1}" if i else "reward"] = empty_model(name, config, "score", trained=False)
-    if config.advantage == "gae":
-        models["critic"] = empty_model(critic_start(actor, critic), config, "score")
-    return models
-
+# -----------------------------------------------------------------------------
+# the stage
 
 def main(config):
-    check_rollout(config)
     if config.dry_run:
-        longest = config.max_prompt_seq_len + config.max_answer_seq_len
-        return dry_run(config, planned_models(config), longest, config.max_answer_seq_len,
-                       config.per_device_generation_batch_size * config.num_generations)
+        dry_run(config, "ppo")
+        return
     began = time.time()
     setup(config)
     checkpoints = Checkpoints(config, "ppo")
     if checkpoints.finished:
         return
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank = dist.get_rank()
+    world = dist.get_world_size()
 
     # -------------------------------------------------------------------------
     # data
     tokenizer = load_tokenizer(config.actor_model_name_or_path, config.chat_template)
-    train_records, held_records = load_records(config, stage=3, log=print0)
-    train_set = encode_records(train_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
-    held_set = encode_records(held_records, tokenizer, 3, config.max_prompt_seq_len, log=print0)
-    collate = Collator(3, tokenizer.pad_token_id)
-    rows = config.per_device_generation_batch_size
-    train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world,
-                                   size_flags="--per_device_generation_batch_size")
-    held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
-    total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
-    parts = config.gradient_accumulation_steps
-    minibatch_rows = config.per_device_train_batch_size * parts
-    updates = rows * config.num_generations // minibatch_rows
+    data = load_stage_data(config, 3, tokenizer, rank, world, log=print0)
+    total_steps = data.total_steps
     unsupervised = None
-    if config.unsupervised_data_path:  # as much text in an optimizer step as there are answers
-        chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len, log=print0)
-        if len(chunks) < minibatch_rows * world:
-            raise UsageError(f"--unsupervised_data_path: {len(chunks)} chunks of --max_seq_len {config.max_seq_len} "
-                             f"tokens do not fill one optimizer step of {minibatch_rows * world}; lower --max_seq_len, "
-                             "or give more text.")
-        text_loader = make_dataloader(chunks, MicroBatches(Collator(1, tokenizer.pad_token_id), parts), minibatch_rows,
-                                      config.seed, rank, world)
-        each = config.ppo_epochs * updates
-        text_steps = training_steps(text_loader, total_steps * each, checkpoints.done * each)
-        unsupervised = (batches for _, batches in text_steps)
+    if config.unsupervised_data_path:
+        updates = config.updates_per_rollout
+        unsupervised = load_text_batches(config, tokenizer, total_steps * updates,
+                                         checkpoints.done * updates, rank, world, log=print0)
 
     # -------------------------------------------------------------------------
     # models and optimisers
-    engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path, tokenizer,
-                                 total_steps, config)
+    engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path,
+                                 tokenizer, total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
-    critic_size = f"critic {parameter_count(engine.critic) / 1e6:.1f}M" if engine.critic else "no critic"
-    print0(f"actor {parameter_count(engine.actor) / 1e6:.1f}M parameters, {critic_size}; {total_steps} steps of "
-           f"{rows * world} prompts x {config.num_generations} answer(s), {config.ppo_epochs} epoch(s) of "
-           f"{updates} update(s)")
+    prompts = config.per_device_generation_batch_size * world
+    print0(f"{total_steps} steps of {prompts} prompts x {config.num_generations} answer(s), "
+           f"{config.ppo_epochs} epoch(s) of {config.rollout_rows // config.minibatch_rows} "
+           "update(s)")
     if not config.skip_preflight:
-        preflight(trainer, train_loader, held_records, total_steps)
-    scorer = gold_scorer(config)
-    print0(f"the SFT model answers the {len(held_set)} held-out prompts, to compare with")
-    first, _, sft_marks = evaluate(trainer, held_loader, scorer)  # here, while the actor is the SFT model
+        preflight(trainer, data.train_loader, data.held_records, total_steps)
+    # The SFT model answers here, before a checkpoint is loaded, while the actor is the SFT model.
+    held_prompts = len(data.held_loader.dataset)
+    print0(f"the SFT model answers the {held_prompts} held-out prompts, to compare with")
+    first = evaluate(trainer, data.held_loader, data.scorer)
     checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
 
     # -------------------------------------------------------------------------
     # training
     folder = checkpoints.folder
-    log = MetricsLog(folder, total_steps, config.logging_steps,
-                     [("score", "objective/scores", "7.3f"), ("kl", "objective/kl", "7.3f"),
-                      ("entropy", "objective/entropy", "6.3f"), ("length", "response/length", "5.1f"),
-                      ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
-                      ("explained", "ppo/val/var_explained", "6.3f")], engine.actor.monitor, checkpoints.done)
+    columns = [("score", "objective/scores", "7.3f"), ("kl", "objective/kl", "7.3f"),
+               ("entropy", "objective/entropy", "6.3f"), ("length", "response/length", "5.1f"),
+               ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
+               ("explained", "ppo/val/var_explained", "6.3f")]
+    log = MetricsLog(folder, total_steps, config.logging_steps, columns, engine.actor.monitor,
+                     checkpoints.done)
     doctor = RunDoctor(engine.actor.gradient_clipping())
-    if checkpoints.done and rank == 0:  # it has seen the steps before the resume
+    if checkpoints.done and rank == 0:
+        # The doctor reads the steps before the resume, to speak of trends as if it had seen them.
         for line in (folder / "metrics.jsonl").read_text().splitlines():
             doctor(json.loads(line))
-    for step, prompt_batch in training_steps(train_loader, total_steps, checkpoints.done):
-        out = trainer.generate_experience(prompt_batch)
-        if scorer:
-            trainer.metrics["objective/gold"] = mean_gold(scorer, prompt_batch["records"],
-                                                          decode_answers(tokenizer, out))
-        trainer.train_rlhf(out, unsupervised)
+    for step, prompt_batch in training_steps(data.train_loader, total_steps, checkpoints.done):
+        # one PPO step
+        experience = trainer.generate_experience(prompt_batch)
+        if data.scorer:
+            answers = decode_answers(tokenizer, experience)
+            trainer.metrics["objective/gold"] = mean_gold(data.scorer, prompt_batch["records"], answers)
+        trainer.train_rlhf(experience, unsupervised)
+
+        # what is said about it
         if config.eval_steps and step % config.eval_steps == 0:
-            held, _, _ = evaluate(trainer, held_loader, scorer, sft_marks)
-            trainer.metrics.update({f"eval/{name}": value for name, value in held.items() if value is not None})
+            held = evaluate(trainer, data.held_loader, data.scorer, first)
+            for name, value in held.numbers.items():
+                if value is not None:
+                    trainer.metrics[f"eval/{name}"] = value
         log(step, trainer.metrics)
         for sentence in doctor({"step": step, **trainer.metrics}):
             print0(f"doctor: {sentence}")
-        checkpoints.save(step)
+        checkpoints.step_done(step)
 
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
-    held, answered, _ = evaluate(trainer, held_loader, scorer, sft_marks)
-    print_answers(answered)
+    held = evaluate(trainer, data.held_loader, data.scorer, first)
+    print_answers(held.answered)
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
     if engine.ema:
         save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema", engine.ema.average)
     seconds = checkpoints.seconds + time.time() - began
-    write_summary(checkpoints, {"seconds": seconds, **held}, config.actor_model_name_or_path, doctor=doctor.sentences)
-    judge = "gold" if scorer else "score"
-    print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {first['score']:.3f} -> {held['score']:.3f}, "
-           f"KL {held['kl']:.2f} nats a response"
-           + (f", gold {first['gold']:.3f} -> {held['gold']:.3f}" if scorer else "")
-           + f"; better than the SFT model's answer in {held['win_rate']:.0%} by {judge}; saved {folder}")
+    checkpoints.finish({"seconds": seconds, **held.numbers}, config.actor_model_name_or_path,
+                       doctor=doctor.sentences)
+
+    now = held.numbers
+    before = first.numbers
+    gold_text = f", gold {before['gold']:.3f} -> {now['gold']:.3f}" if data.scorer else ""
+    judge = "gold" if data.scorer else "score"
+    print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {before['score']:.3f} -> "
+           f"{now['score']:.3f}, KL {now['kl']:.2f} nats a response{gold_text}; better than the SFT "
+           f"model's answer in {now['win_rate']:.0%} by {judge}; saved {folder}")
 
 
 if __name__ == "__main__":

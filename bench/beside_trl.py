@@ -50,7 +50,8 @@ def this(folder, dtype):
     import torch
 
     from data import load_tokenizer
-    from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
+    from step3_ppo import Config
+    from step3_ppo import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
     args = Config(max_prompt_seq_len=PROMPT, max_answer_seq_len=RESPONSE, per_device_generation_batch_size=ROWS,
                   per_device_train_batch_size=ROWS, deepspeed_config=f"{folder}/{dtype}.json", output_dir=str(folder))
     engine = DeepSpeedRLHFEngine(f"{folder}/actor", f"{folder}/reward", load_tokenizer(f"{folder}/actor"),

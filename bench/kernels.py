@@ -22,7 +22,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from kernels import activation, decode_attention, gae, logprob, norm, ppo_loss, rotary, sampling  # noqa: E402
+from kernels import activation, decode_attention, logprob, norm, rotary, sampling  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16

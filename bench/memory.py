@@ -60,7 +60,7 @@ def make_inputs(folder):
 def child(arguments):
     """Runs step 3; the last line is the growth of its peak memory in MB."""
     import step3_ppo
-    from data import parse_config
+    from support.flags import parse_config
 
     def resident(line):  # in /proc/self/status: VmRSS now, VmHWM at its peak
         return int(next(l for l in open("/proc/self/status") if l.startswith(line)).split()[1]) / 1024
@@ -74,9 +74,9 @@ def child(arguments):
 def planned(arguments):
     """MB at the highest peak."""
     import step3_ppo
-    from data import parse_config
-    from bench.memory_plan import memory_plan
-    from hybrid_engine import deepspeed_settings
+    from support.flags import parse_config
+    from support.plan import memory_plan
+    from support.processes import deepspeed_settings
     config = parse_config(step3_ppo.Config, "", arguments)
     peaks = memory_plan(step3_ppo.planned_models(config), deepspeed_settings(config), 1, ROWS // 2, P + R, R, ROWS,
                         config.gradient_checkpointing, cpu=True)[1]

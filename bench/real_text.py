@@ -53,8 +53,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForSequenceClassification
 
 from bench.sad_reward import sadder
-from data import Collator, DataConfig, decode_answers, encode_records, load_records, load_tokenizer, render
-from hybrid_engine import InferenceEngine, LanguageModel, RewardModel
+from data import Collator, decode_answers, encode_records, load_records, load_tokenizer, render
+from support.flags import DataConfig
+from hybrid_engine import InferenceEngine
+from support.models import LanguageModel, RewardModel
 from step2_reward import pair_scores
 
 

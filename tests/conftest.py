@@ -98,7 +98,7 @@ def model_folders(make_model, tokenizer, tmp_path_factory):
 @pytest.fixture(scope="session")
 def settings():
     """DeepSpeed settings in float32 without ZeRO; the process group of one exists from here on."""
-    from hybrid_engine import setup
+    from support.processes import setup
     from step1_sft import Config
     return setup(Config(deepspeed_config=str(ROOT / "configs" / "cpu.json")))
 

@@ -25,7 +25,7 @@ os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=
 import torch
 
 import test_resume
-from data import one_sentence
+from support.flags import exit_on_usage_error
 
 HOWS = ("all ranks, SIGKILL", "one rank, SIGKILL", "one rank, SIGTERM")
 
@@ -46,7 +46,7 @@ def start(stage, config, ranks, log):
             os.dup2(output, 2)
             code = 1
             try:
-                with one_sentence():
+                with exit_on_usage_error():
                     stage.main(config)
                 code = 0
             except SystemExit as stop:

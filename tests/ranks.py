@@ -17,7 +17,7 @@ def _rank_main(rank, ranks, port, case, arguments, failures):
                       DEEPSPEED_LOG_LEVEL="error")
     torch.set_num_threads(1)
     try:
-        # not compiled for a test: see hybrid_engine.setup
+        # not compiled for a test: see support.processes.start_processes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=60))
         case(rank, ranks, *arguments)

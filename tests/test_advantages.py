@@ -13,9 +13,11 @@ import torch
 
 import step3_ppo
 from conftest import ROOT
-from data import UsageError, load_tokenizer
-from hybrid_engine import device
-from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, grpo, kl_penalty, reinforce, rloo
+from data import load_tokenizer
+from support.flags import UsageError
+from support.processes import device
+from step3_ppo import Config
+from step3_ppo import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, grpo, kl_loss_k3, reinforce, rloo
 from test_losses import (assert_same_step, make_experience, make_trainer, plain_step, ppo_losses, ragged, tensor, to,
                          weights)
 from test_ppo import ragged_prompts, small_models
@@ -58,18 +60,18 @@ def test_kl_penalty_is_the_kl_in_expectation():
     """Over a distribution, pi k3 sums to sum pi log(pi / ref): k3 is unbiased, and no summand is negative."""
     torch.manual_seed(0)
     pi, ref = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
-    summands = torch.stack([kl_penalty(p[None], q[None], torch.ones(1, dtype=torch.float64)) for p, q in zip(pi, ref)])
+    summands = torch.stack([kl_loss_k3(p[None], q[None], torch.ones(1, dtype=torch.float64)) for p, q in zip(pi, ref)])
     assert (summands >= 0).all()
     assert (pi.exp() * summands).sum().item() == pytest.approx((pi.exp() * (pi - ref)).sum().item(), rel=1e-9)
 
 
 def test_kl_penalty_counts_the_mask_and_stays_finite():
     logprobs, ref, mask = tensor([-1, -2, -500]), tensor([-2, -2, 0]), tensor([1, 1, 0])
-    assert kl_penalty(logprobs, ref, mask).item() == pytest.approx(2.718281828 ** -1 + 1 - 1)
+    assert kl_loss_k3(logprobs, ref, mask).item() == pytest.approx(2.718281828 ** -1 + 1 - 1)
     logprobs.requires_grad_()
-    kl_penalty(logprobs, ref, mask).backward()  # d k3 / d logp = 1 - exp(d)
+    kl_loss_k3(logprobs, ref, mask).backward()  # d k3 / d logp = 1 - exp(d)
     assert logprobs.grad.tolist() == [pytest.approx([1 - 2.718281828 ** -1, 0, 0])]
-    assert kl_penalty(tensor([-900]), tensor([0]), tensor([1])).isfinite()
+    assert kl_loss_k3(tensor([-900]), tensor([0]), tensor([1])).isfinite()
 
 
 # -----------------------------------------------------------------------------
@@ -90,7 +92,8 @@ def real_trainer(folders, **flags):
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce"])
 def test_groups_of_answers_without_a_critic(folders, advantage):
     trainer = real_trainer(folders, advantage=advantage, num_generations=3)
-    engine, prompts = trainer.engine, ragged_prompts(trainer)
+    engine = trainer.models
+    prompts = ragged_prompts(trainer)
     engine.eos_token_ids = list(range(0, 700, 3))
     trainer.train_rlhf(trainer.generate_experience(prompts))  # so that the actor is not the reference
     x = trainer.generate_experience(prompts)
@@ -126,15 +129,15 @@ def test_groups_of_answers_without_a_critic(folders, advantage):
 def test_several_answers_with_a_critic(folders):
     trainer = real_trainer(folders, num_generations=3)
     trainer.train_rlhf(trainer.generate_experience(ragged_prompts(trainer)))
-    assert trainer.engine.critic.global_steps == 2 and trainer.metrics["ppo/policy/ratio"] == pytest.approx(1, abs=0.05)
+    assert trainer.models.critic.global_steps == 2 and trainer.metrics["ppo/policy/ratio"] == pytest.approx(1, abs=0.05)
 
 
 def test_the_held_out_prompts_are_answered_once(folders):
     from step3_ppo import evaluate
     trainer = real_trainer(folders, advantage="rloo", num_generations=3, max_prompt_seq_len=64)
     batch = ragged_prompts(trainer)
-    held, answered, _ = evaluate(trainer, [batch], lambda record, answer: 1.0)
-    assert len(answered) == 4 and held["gold"] == 1
+    held = evaluate(trainer, [batch], lambda record, answer: 1.0)
+    assert len(held.answered) == 4 and held.numbers["gold"] == 1
 
 
 def test_grpo_step_has_the_kl_in_its_loss(make_model, settings):
@@ -156,9 +159,9 @@ def test_grpo_step_has_the_kl_in_its_loss(make_model, settings):
     expected = plain_step(actor, mean_loss)
     for rows, parts in ((4, 1), (1, 4)):
         trainer = make_trainer(actor, critic, settings, rows, parts, advantage="grpo", num_generations=2, kl_coef=0.4)
-        trainer.engine.critic = None
+        trainer.models.critic = None
         loss, _ = trainer.train_rlhf(to(device(), x))
-        assert_same_step((weights(trainer.engine.actor), loss, trainer.metrics["ppo/policy/grad_norm"]), expected)
+        assert_same_step((weights(trainer.models.actor), loss, trainer.metrics["ppo/policy/grad_norm"]), expected)
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -15,10 +15,13 @@ import pytest
 import torch
 
 import data
-from data import (FORMS, Collator, DataConfig, MicroBatches, Preference, UsageError, as_prompt, count_steps,
-                  encode_answers, encode_prompts, encode_records, encode_text, hold_out, load_records, load_tokenizer,
-                  make_dataloader, pad, parse_dialogue, rank_share, read_source, split_indices, to_records, toy_gold,
-                  toy_questions, toy_rows, training_steps)
+from support import toy
+from data import (Collator, FORMS, MicroBatches, Preference, as_prompt, count_steps, encode_answers,
+                  encode_prompts, encode_records, encode_text, hold_out, load_records,
+                  load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share, read_source,
+                  split_indices, to_records, training_steps)
+from support.flags import DataConfig, UsageError
+from support.toy import toy_gold, toy_questions, toy_rows
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"  # real data, where there is some
 
@@ -586,8 +589,8 @@ def test_gold_is_not_earned_by_hedging_or_never_ending(answer):
 
 def test_every_question_has_one_good_answer():
     questions = toy_questions()
-    assert len(questions) == len(data.TOY_OPENERS) * sum(
-        len(asks) * len(facts) for asks, _, facts in data.TOY_TOPICS.values()), "no two facts share a question"
+    assert len(questions) == len(toy.TOY_OPENERS) * sum(
+        len(asks) * len(facts) for asks, _, facts in toy.TOY_TOPICS.values()), "no two facts share a question"
     for question, (good, fact, wrong) in questions.items():
         assert toy_gold(question, good) == 1 and fact in good and wrong
         assert all(toy_gold(question, sentence) == 0 for sentence, _ in wrong), question
@@ -601,7 +604,7 @@ def test_chosen_is_really_better_but_for_the_label_noise():
     swapped = sum(rejected > chosen for chosen, rejected in marks) / len(rows)
     assert (all(chosen != rejected for chosen, rejected in marks)
             and all(row["chosen"] and row["rejected"] for row in rows))
-    assert abs(swapped - data.TOY_LABEL_NOISE) < 4 * (0.05 * 0.95 / len(rows)) ** 0.5  # four standard errors
+    assert abs(swapped - toy.TOY_LABEL_NOISE) < 4 * (0.05 * 0.95 / len(rows)) ** 0.5  # four standard errors
     assert {mark for pair in marks for mark in pair} == {0, 0.25, 0.5, 1} and rows == toy_rows()
 
 
@@ -609,19 +612,19 @@ def test_toy_questions_are_held_out_of_all_stages():
     """What a held-out record asks stands in no trained record, be it as an earlier turn; rows where it does are few."""
     stages = all_stages(max_eval_samples=10**9)
     def without_opener(text):
-        return next((text[len(opener):] for opener in data.TOY_OPENERS if opener and text.startswith(opener)), text)
+        return next((text[len(opener):] for opener in toy.TOY_OPENERS if opener and text.startswith(opener)), text)
 
     held = [{without_opener(record.prompt[-1]["content"]) for record in held} for _, held in stages]
     trained = {without_opener(message["content"])
                for train, _ in stages for record in train for message in record.prompt}
     assert held[0] == held[1] == held[2] and not held[0] & trained
-    assert len(held[0]) == round(0.1 * len(toy_questions()) / len(data.TOY_OPENERS))
+    assert len(held[0]) == round(0.1 * len(toy_questions()) / len(toy.TOY_OPENERS))
     rows, used = len(toy_rows()), sum(len(train) for train, _ in stages) + len(stages[0][1])
     assert 0.97 * rows < used <= rows
 
 
 def test_toy_tokenizer_is_deterministic(tokenizer):
-    again = data.toy_tokenizer.__wrapped__()
+    again = toy.toy_tokenizer.__wrapped__()
     assert (again.get_vocab() == tokenizer.get_vocab() and again.eos_token_id == tokenizer.eos_token_id == 2
             and tokenizer.pad_token_id == 3)
 

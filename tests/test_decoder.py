@@ -11,7 +11,8 @@ from transformers import GenerationConfig
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import hybrid_engine
-from hybrid_engine import FAMILIES, InferenceEngine, sample
+from hybrid_engine import InferenceEngine, sample
+from kernels.decoder import FAMILIES
 from models import SMALL, hf_logprobs, ragged_prompts, small_model
 
 P, R = 9, 12

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import step3_ppo
-from bench.doctor import RunDoctor, diagnose
+from support.doctor import RunDoctor, diagnose
 
 
 def history(steps=120, **changes):

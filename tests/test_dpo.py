@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import step2_reward
 from data import Collator, MicroBatches
-from hybrid_engine import LanguageModel, add_lora, train_step
+from hybrid_engine import train_step
+from support.lora import WithoutAdapters, add_lora
+from support.models import LanguageModel
 from step2_reward import implicit_rewards, reward_loss
 from test_losses import SPLITS, assert_same_step, make_engine, plain_step, row_nats, weights
 
@@ -84,7 +86,7 @@ def test_without_a_copy_the_reference_is_the_model_without_its_adapters(make_mod
         for name, p in adapted.named_parameters():
             if "lora_B" in name:
                 p.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
-    found = implicit_rewards(adapted, None, batch, 0.1)
+    found = implicit_rewards(adapted, WithoutAdapters(adapted), batch, 0.1)
     expected = implicit_rewards(adapted, LanguageModel(model), batch, 0.1)
     torch.testing.assert_close(torch.cat(found), torch.cat(expected), atol=1e-5, rtol=0)
     assert torch.cat(found).abs().max() > 1e-2

@@ -4,12 +4,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from data import DataConfig, UsageError, load_tokenizer
-from hybrid_engine import (EngineConfig, ExponentialMovingAverage, LanguageModel, LoRALinear, RewardModel,
-                           adapters_off, add_lora, load_model, save_model, train_engine, train_step)
+from data import load_tokenizer
+from support.flags import UsageError
+from hybrid_engine import ExponentialMovingAverage, train_engine, train_step
+from support.flags import RunConfig
+from support.lora import LoRALinear, adapters_off, add_lora
+from support.models import LanguageModel, RewardModel, load_model, save_model
 
 
-class Config(EngineConfig, DataConfig):
+class Config(RunConfig):
     pass
 
 

@@ -167,9 +167,9 @@ BATCH = ("--per_device_generation_batch_size 4 --per_device_train_batch_size 4 -
 DRIVER = """
 import json, os, runpy, sys, time, traceback
 sys.path.insert(0, sys.argv[1])
-import chat, data, step1_sft, step2_reward, step3_ppo
+import chat, support.toy, step1_sft, step2_reward, step3_ppo
 import transformers.models.opt.modeling_opt
-data.toy_tokenizer()  # made once, not once a case
+support.toy.toy_tokenizer()  # made once, not once a case
 for name, (script, *flags) in json.load(open("commands.json")).items():
     started = time.time()
     child = os.fork()

@@ -13,12 +13,12 @@ from conftest import ROOT, clean_environment
 
 RANK = """
 import os, sys, time
-import hybrid_engine
+from support import processes
 rank = int(os.environ["RANK"])
-hybrid_engine.BEAT_SECONDS, hybrid_engine.SILENT_BEATS = 0.5, 6
-hybrid_engine.host_address = lambda: f"10.0.0.{rank}"  # two hosts, as far as one can see
+processes.BEAT_SECONDS, processes.SILENT_BEATS = 0.5, 6
+processes.host_address = lambda: f"10.0.0.{rank}"  # two hosts, as far as one can see
 from step1_sft import Config
-hybrid_engine.setup(Config(deepspeed_config="configs/cpu.json"))
+processes.setup(Config(deepspeed_config="configs/cpu.json"))
 print("ready", flush=True)
 time.sleep(100)  # as in a collective that will not end
 """

@@ -1,24 +1,30 @@
-"""kernels/sampling.py: the right set, the right frequencies, the right log-probability. Running: kernel_checks.py."""
+"""
+kernels/sampling.py: the right set, the right frequencies, the right log-probability. How to run:
+tests/kernel_checks.py.
+"""
 import pytest
 import torch
 from kernel_checks import DEVICE, INTERPRETED, poisoned_empty  # noqa: F401
 
 from kernels import sampling
-from kernels.sampling import sample, sample_reference
+from kernels.sampling import keep_likeliest, keep_likeliest_reference, sample, sample_reference
 
-LONG = pytest.mark.skipif(INTERPRETED, reason="5 seconds a case, interpreted; the options apart say the same")
 OPTIONS = [dict(), dict(temperature=0.7), dict(temperature=2.5), dict(top_k=5), dict(top_p=0.8),
            dict(temperature=1.5, top_k=6, top_p=0.7)]
 
 
 def exact_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """float64 probabilities (V,) of one row after the three options, token by token as Hugging Face describes them."""
+    """
+    float64 probabilities (V,) of one row after the three options, token by token as Hugging Face
+    describes them.
+    """
     x = logits.double() / temperature
     if top_k:
         x[x < x.sort().values[-min(top_k, len(x))]] = -float("inf")
     probs = x.softmax(0)
     if top_p < 1:
-        order = sorted(range(len(x)), key=lambda v: (-probs[v].item(), -v))  # likeliest first, of equals the last
+        # likeliest first, of equals the last
+        order = sorted(range(len(x)), key=lambda v: (-probs[v].item(), -v))
         mass, kept = 0.0, []
         for v in order:
             if mass >= top_p - 1e-12 and kept:
@@ -32,9 +38,14 @@ def exact_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("V", [11, 300])
-def test_frequencies_and_support(V, options, poisoned_empty):
-    """An even grid of uniforms must hit each token in proportion, to one count: stricter than chi-square, no luck."""
+@pytest.mark.parametrize("V, candidates, spare", [(11, 1024, 128), (300, 1024, 128), (300, 150, 9)])
+def test_frequencies_and_support(V, candidates, spare, options, monkeypatch, poisoned_empty):
+    """
+    An even grid of uniforms must hit each token in proportion, to one count: stricter than
+    chi-square, no luck. Top-k and top-p from all the tokens, and from the likeliest alone.
+    """
+    monkeypatch.setattr(sampling, "CANDIDATES", candidates)
+    monkeypatch.setattr(sampling, "SPARE", spare)
     torch.manual_seed(1)
     logits = 2 * torch.randn(V)
     logits[V // 2:V // 2 + 3] = logits[0]  # ties, and a banned token
@@ -62,24 +73,33 @@ def test_chi_square(options):
     assert ((counts - expected) ** 2 / expected)[probs > 0].sum() < 27.9
 
 
-@pytest.mark.parametrize("options", [dict(), dict(temperature=0.6, top_k=50), dict(top_p=0.9), dict(temperature=0),
-                                     pytest.param(dict(temperature=1.5, top_k=3000, top_p=0.7), marks=LONG)], ids=str)
-@pytest.mark.parametrize("V, dtype", [(4097, torch.bfloat16), (50272, torch.float32), (50272, torch.bfloat16),
-                                      (151936, torch.float32)])
+@pytest.mark.parametrize("options", [dict(), dict(temperature=0.6, top_k=50), dict(top_p=0.9),
+                                     dict(temperature=0),
+                                     dict(temperature=1.5, top_k=3000, top_p=0.7)], ids=str)
+@pytest.mark.parametrize("V, dtype", [(4097, torch.bfloat16), (50272, torch.float32),
+                                      (50272, torch.bfloat16), (151936, torch.float32)])
 def test_large_vocabulary(V, options, dtype, poisoned_empty):
-    """The token of the definition, at both ends of the CDF too, from rows of a wider view. bfloat16 logits tie."""
+    """
+    The token of the definition, at both ends of the CDF too, from rows of a wider view. bfloat16
+    logits tie.
+    """
     torch.manual_seed(3)
     logits = (3 * torch.randn(3, V + 5, device=DEVICE)).to(dtype)[:, 2:V + 2]
     uniform = torch.tensor([0.0, 0.4321, 1 - 2**-24], device=DEVICE)
     tokens, logprobs = sample(logits, uniform, **options)
     expected, expected_logprobs = sample_reference(logits, uniform, **options)
-    exact = sample_reference(logits.double(), uniform, **options)[1]
     if options.get("temperature") == 0:
         assert (tokens == logits.float().argmax(-1)).all()
-    # float32 sums end a cumulative sum 1e-6 off, so within that of a border between two tokens either may come
+        kept = logits.float()
+    else:
+        kept = keep_likeliest_reference(logits.float() / options.get("temperature", 1.0),
+                                        options.get("top_k", 0), options.get("top_p", 1.0))
+    # float32 sums end a cumulative sum 1e-6 off, so within that of a border between two tokens
+    # either may come
     same = tokens == expected
     assert same[:2].all()
     assert ((tokens - expected).abs() <= 200)[~same].all() and torch.isfinite(logprobs).all()
+    exact = kept.double().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
     error, baseline = ((t - exact)[same].abs().max() for t in (logprobs, expected_logprobs))
     assert error <= 2 * baseline + 1e-5
 
@@ -96,69 +116,122 @@ def test_never_an_impossible_token(V, options):
     assert ((tokens - V // 2).abs() <= 1).all() and (logprobs > -2).all()
 
 
-def test_the_last_uniform_of_many_rows():
-    """One block of weights, whose sum rounds one way as a whole and another way token by token."""
+@pytest.mark.parametrize("V, banned", [(256, 6), (250, 0), (12288, 4096)])
+def test_the_last_uniform_of_many_rows(V, banned):
+    """The sum of a block rounds one way as a whole and another way token by token."""
     torch.manual_seed(5)
     rows = 20 if INTERPRETED else 500
-    logits = torch.randn(rows, 256, device=DEVICE)
-    logits[:, 250:] = -float("inf")
+    logits = torch.randn(rows, V, device=DEVICE)
+    logits[:, V - banned:] = -float("inf")
     tokens, logprobs = sample(logits, torch.full((rows,), 1 - 2**-24, device=DEVICE))
-    assert (tokens < 250).all() and torch.isfinite(logprobs).all()
+    assert (tokens < V - banned).all() and torch.isfinite(logprobs).all()
 
 
 def test_tied_logits_and_tiny_top_p():
-    """Worked by hand: ten equals at top_p 0.55 keep the last six; a top_p near zero keeps the likeliest alone."""
+    """
+    Worked by hand: ten equals at top_p 0.55 keep the last six; a top_p near zero keeps the
+    likeliest alone.
+    """
     uniform = (torch.arange(6, device=DEVICE) + 0.5) / 6
     tokens, logprobs = sample(torch.zeros(6, 10, device=DEVICE), uniform, top_p=0.55)
     assert tokens.tolist() == [4, 5, 6, 7, 8, 9]
     torch.testing.assert_close(logprobs.cpu(), torch.full((6,), 1 / 6).log())
-    tokens, logprobs = sample(torch.tensor([[0.0, 2.0, 1.0]], device=DEVICE), uniform[5:], top_p=1e-20)
+    logits = torch.tensor([[0.0, 2.0, 1.0]], device=DEVICE)
+    tokens, logprobs = sample(logits, uniform[5:], top_p=1e-20)
     assert tokens.tolist() == [1] and logprobs.tolist() == [0.0]
     tokens, logprobs = sample(torch.zeros(1, 1, device=DEVICE), uniform[5:])  # a vocabulary of one
     assert tokens.tolist() == [0] and logprobs.tolist() == [0.0]
 
 
-@pytest.mark.parametrize("options", [dict(top_k=300), dict(top_k=500), dict(top_p=1 - 6e-8)], ids=str)
+@pytest.mark.parametrize("options", [dict(top_k=300), dict(top_k=500), dict(top_p=1 - 6e-8)],
+                         ids=str)
 def test_options_that_keep_everything(options):
-    """top_k of the whole vocabulary or more, and a top_p that rounding alone sets apart from 1, on equal logits."""
+    """
+    top_k of the whole vocabulary or more, and a top_p that rounding alone sets apart from 1, on
+    equal logits.
+    """
     uniform = (torch.arange(5, device=DEVICE) + 0.4517) / 5
     for rows in (slice(None), slice(3, 4)):
-        tokens, logprobs = sample(torch.zeros(5, 300, device=DEVICE)[rows], uniform[rows], **options)
+        logits = torch.zeros(5, 300, device=DEVICE)[rows]
+        tokens, logprobs = sample(logits, uniform[rows], **options)
         assert tokens.tolist() == [27, 87, 147, 207, 267][rows]
-        torch.testing.assert_close(logprobs.cpu(), torch.full((5,), 1 / 300).log()[rows], atol=1e-5, rtol=0)
+        expected = torch.full((5,), 1 / 300).log()[rows]
+        torch.testing.assert_close(logprobs.cpu(), expected, atol=1e-5, rtol=0)
 
 
 def test_same_uniform_same_token_in_any_batch():
+    """Rows from flat to peaked: those that are sorted whole must not change the rest."""
     torch.manual_seed(4)
-    logits, uniform = torch.randn(8, 999, device=DEVICE), torch.rand(8, device=DEVICE)
+    logits = torch.linspace(0.5, 8, 8)[:, None] * torch.randn(8, 4999)
+    logits, uniform = logits.to(DEVICE), torch.rand(8, device=DEVICE)
     tokens, logprobs = sample(logits, uniform, top_p=0.9)
-    alone, alone_logprobs = sample(logits[3:4], uniform[3:4], top_p=0.9)
-    assert alone == tokens[3] and alone_logprobs == logprobs[3]
+    for row in range(8):
+        alone, alone_logprobs = sample(logits[row:row + 1], uniform[row:row + 1], top_p=0.9)
+        assert alone == tokens[row] and alone_logprobs == logprobs[row]
 
 
-def test_rows_taken_in_turns(monkeypatch):
-    """The CPU's form takes as many rows at a time as its scratch memory holds."""
-    torch.manual_seed(6)
-    logits, uniform = torch.randn(10, 500, device=DEVICE), torch.rand(10, device=DEVICE)
-    whole = sample(logits, uniform, top_k=100, top_p=0.8)
-    for numbers in (1700, 100):  # three rows; less than one
-        monkeypatch.setattr(sampling, "SCRATCH", numbers)
-        turns = sample(logits, uniform, top_k=100, top_p=0.8)
-        assert torch.equal(whole[0], turns[0]) and torch.equal(whole[1], turns[1])
+# -----------------------------------------------------------------------------
+# top-k and top-p from the likeliest tokens alone
+
+@pytest.fixture
+def sorted_whole(monkeypatch):
+    """A list to which each call of the definition adds how many rows it was given."""
+    calls = []
+    definition = keep_likeliest_reference
+
+    def counting(logits, top_k, top_p):
+        calls.append(len(logits))
+        return definition(logits, top_k, top_p)
+
+    monkeypatch.setattr(sampling, "keep_likeliest_reference", counting)
+    return calls
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the CPU's form")
-@pytest.mark.parametrize("options", [dict(top_k=50), dict(top_p=0.9), dict(top_k=3000, top_p=0.5)], ids=str)
-@pytest.mark.parametrize("shift", [-20.0, 20.0])
-def test_a_sample_that_misleads(shift, options):
-    """The CPU's form finds the edges from one value in so many: those have none, or all, of the mass here."""
+def test_ties_at_the_edge_by_hand(sorted_whole):
+    """
+    One token of probability 0.4, four of 0.15 and thousands of next to none. top_p 0.65 needs two
+    of the four, the last; top_k 2 keeps all four, which tie with the second.
+    """
+    logits = torch.full((1, 5000), -40.0, device=DEVICE)
+    logits[0, 10] = torch.tensor(0.4).log()
+    ties = [7, 2000, 3000, 4999]
+    logits[0, ties] = torch.tensor(0.15).log()
+    finite = lambda kept: kept[0].isfinite().nonzero().flatten().tolist()
+    assert finite(keep_likeliest(logits, 0, 0.65)) == [10, 3000, 4999]
+    assert finite(keep_likeliest(logits, 2, 1.0)) == [7, 10, 2000, 3000, 4999]
+    assert finite(keep_likeliest(logits, 2, 0.65)) == [10, 3000, 4999]
+    assert finite(keep_likeliest(logits, 1, 0.65)) == [10]
+    assert finite(keep_likeliest(logits, 0, 1e-9)) == [10]
+    assert sorted_whole == []
+
+
+def test_more_ties_than_candidates_by_hand(sorted_whole):
+    """4,000 equals: top_p 0.55 keeps the last 2,200 of them, top_k 3 all."""
+    logits = torch.full((1, 5000), -40.0, device=DEVICE)
+    logits[0, 500:4500] = 1.0
+    kept = keep_likeliest(logits, 0, 0.55)
+    assert kept[0].isfinite().nonzero().flatten().tolist() == list(range(2300, 4500))
+    kept = keep_likeliest(logits, 3, 1.0)
+    assert kept[0].isfinite().nonzero().flatten().tolist() == list(range(500, 4500))
+    assert sorted_whole == [1, 1]
+
+
+@pytest.mark.parametrize("top_k, top_p, unsettled", [(50, 1.0, 1), (0, 0.9, 3), (50, 0.9, 1),
+                                                     (2000, 0.5, 1)], ids=str)
+def test_candidates_keep_what_the_definition_keeps(top_k, top_p, unsettled, sorted_whole):
+    """
+    Rows flat, usual, peaked, rounded to a few values (so that most tokens tie), and banned but for
+    three tokens. `unsettled` is how many of them the candidates cannot settle.
+    """
     torch.manual_seed(7)
-    logits, uniform = torch.randn(4, 20000), torch.rand(4)
-    logits[:, ::sampling.STRIDE] += shift
-    tokens, logprobs = sample(logits, uniform, **options)
-    expected, expected_logprobs = sample_reference(logits, uniform, **options)
-    assert torch.equal(tokens, expected)
-    torch.testing.assert_close(logprobs, expected_logprobs, atol=2e-5, rtol=0)
+    logits = torch.randn(5, 6000, device=DEVICE)
+    logits[0] *= 0.1
+    logits[2] *= 6
+    logits[3] = logits[3].round()
+    logits[4, 3:] = -float("inf")
+    kept = keep_likeliest(logits, top_k, top_p)
+    assert torch.equal(kept, keep_likeliest_reference(logits, top_k, top_p))
+    assert sorted_whole == [unsettled]
 
 
 def test_options_are_checked():
@@ -170,12 +243,12 @@ def test_options_are_checked():
 
 @pytest.mark.parametrize("options", OPTIONS + [dict(temperature=0)], ids=str)
 def test_logits_that_are_no_numbers(options):
-    """Nothing here waits for a GPU to say so: the log-probability does, of that row alone."""
+    """No error, for which a GPU would have to be waited for: that row's log-probability says so."""
     torch.manual_seed(8)
-    logits, uniform = torch.randn(3, 300, device=DEVICE), torch.rand(3, device=DEVICE)
+    logits, uniform = torch.randn(3, 3000, device=DEVICE), torch.rand(3, device=DEVICE)
     logits[1, 200] = float("nan")
     tokens, logprobs = sample(logits, uniform, **options)
     expected, expected_logprobs = sample_reference(logits[::2], uniform[::2], **options)
-    assert logprobs[1].isnan() and 0 <= tokens[1] < 300
+    assert logprobs[1].isnan() and 0 <= tokens[1] < 3000
     assert torch.equal(tokens[::2], expected)
     torch.testing.assert_close(logprobs[::2], expected_logprobs, atol=2e-5, rtol=0)

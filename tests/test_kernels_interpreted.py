@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from kernels.logprob import triton
+from kernels import triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

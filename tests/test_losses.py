@@ -13,12 +13,15 @@ import torch.nn.functional as F
 
 import step3_ppo
 from data import Collator, MicroBatches, pad
-from hybrid_engine import LanguageModel, RewardModel, device, last_token, train_engine, train_step
+from hybrid_engine import train_engine, train_step
+from support.models import LanguageModel, RewardModel, last_token
+from support.processes import device
 from step1_sft import Config as SFTConfig
-from step1_sft import perplexity, sft_loss, token_nats, trained_tokens
+from step1_sft import batch_loss, perplexity, sft_loss, trained_tokens
 from step2_reward import Config as RewardConfig
 from step2_reward import calibration_error, evaluate, pair_scores, reward_loss
-from step3_ppo import DeepSpeedPPOTrainer, Experience, adapt_kl_coef, critic_loss, gae, shape_rewards, whiten
+from step3_ppo import (DeepSpeedPPOTrainer, Experience, adapt_kl_coef, critic_loss, gae,
+                       shape_rewards, whiten)
 from step3_ppo import ppo_actor_loss as actor_loss
 
 pytestmark = pytest.mark.usefixtures("settings")  # whiten and the evaluations sum over a process group
@@ -356,7 +359,7 @@ def test_sft_step_is_the_same_in_any_micro_batches(make_model, settings, family)
     for rows, parts in SPLITS:
         engine = make_engine(LanguageModel, model, settings, rows, parts)
         batches = MicroBatches(Collator(1, pad_token_id=3), parts)(sft_items())
-        loss, norm = train_step(engine, batches, lambda batch: token_nats(engine, batch), trained_tokens(batches))
+        loss, norm = train_step(engine, batches, lambda batch: batch_loss(engine, batch), trained_tokens(batches))
         assert_same_step((weights(engine), loss, norm), expected)
 
 
@@ -366,7 +369,7 @@ def test_padded_step_is_the_trimmed_one(make_model, settings):
     batch = {name: F.pad(value, (0, 20), value=2 if name == "input_ids" else 0)
              for name, value in collate(sft_items()).items()}
     engine = make_engine(LanguageModel, model, settings, 4, 1)
-    loss, norm = train_step(engine, [batch], lambda batch: token_nats(engine, batch), 15)
+    loss, norm = train_step(engine, [batch], lambda batch: batch_loss(engine, batch), 15)
     assert_same_step((weights(engine), loss, norm), expected)
 
 
@@ -429,7 +432,7 @@ def make_trainer(actor, critic, settings, rows, parts, **flags):
     engine = types.SimpleNamespace(actor=make_engine(LanguageModel, actor, settings, rows, parts), ema=None,
                                    critic=make_engine(RewardModel, critic, settings, rows, parts))
     trainer = DeepSpeedPPOTrainer(engine, args)
-    trainer.metrics, trainer.read, trainer.rows = {"time/generate": 1.0, "time/score": 1.0, "objective/kl": 0.0}, 1, 4
+    trainer.metrics = {"time/generate": 1.0, "time/score": 1.0, "objective/kl": 0.0}
     return trainer
 
 
@@ -447,9 +450,9 @@ def test_ppo_step_is_the_same_in_any_micro_batches_and_padding(make_model, setti
     for rows, parts, padding in [(*split, {}) for split in SPLITS] + [(2, 2, {"left": 3, "right": 5})]:
         trainer = make_trainer(actor, critic, settings, rows, parts)
         actor_mean, critic_mean = trainer.train_rlhf(to(device(), make_experience(**padding)))
-        assert_same_step((weights(trainer.engine.actor), actor_mean, trainer.metrics["ppo/policy/grad_norm"]),
+        assert_same_step((weights(trainer.models.actor), actor_mean, trainer.metrics["ppo/policy/grad_norm"]),
                          expected[0])
-        assert_same_step((weights(trainer.engine.critic), critic_mean, trainer.metrics["ppo/val/grad_norm"]),
+        assert_same_step((weights(trainer.models.critic), critic_mean, trainer.metrics["ppo/val/grad_norm"]),
                          expected[1])
         metrics.append([trainer.metrics[name] for name in sorted(trainer.metrics) if name.startswith("ppo/")])
     assert all(numbers == pytest.approx(metrics[0], rel=1e-4) for numbers in metrics), (
@@ -472,7 +475,7 @@ def test_ptx_gradient_is_added(make_model, settings):
         trainer = make_trainer(actor, critic, settings, rows, parts, unsup_coef=c)
         texts = MicroBatches(Collator(1, pad_token_id=3), parts)([{**item, "prompt_len": 0} for item in sft_items()])
         loss, _ = trainer.train_rlhf(to(device(), x), iter([texts]))
-        assert_same_step((weights(trainer.engine.actor), loss, trainer.metrics["ppo/policy/grad_norm"]), expected)
+        assert_same_step((weights(trainer.models.actor), loss, trainer.metrics["ppo/policy/grad_norm"]), expected)
         assert trainer.metrics["ppo/loss/ptx"] == pytest.approx(ptx, rel=1e-5)
         assert trainer.metrics["ppo/loss/policy"] == pytest.approx(loss - c * ptx, abs=1e-4)
 
@@ -481,7 +484,7 @@ def test_ptx_gradient_is_added(make_model, settings):
 def test_optimizer_steps_are_epochs_times_minibatches(make_model, settings, rows, parts, epochs, steps):
     trainer = make_trainer(make_model("opt"), make_model("opt", "score"), settings, rows, parts, ppo_epochs=epochs)
     trainer.train_rlhf(to(device(), make_experience()))
-    assert trainer.engine.actor.global_steps == trainer.engine.critic.global_steps == steps
+    assert trainer.models.actor.global_steps == trainer.models.critic.global_steps == steps
 
 
 def test_a_policy_that_has_not_moved_has_ratio_one(make_model, settings):
@@ -490,7 +493,7 @@ def test_a_policy_that_has_not_moved_has_ratio_one(make_model, settings):
         trainer, x = (make_trainer(make_model("opt"), make_model("opt", "score"), settings, rows, parts),
                       to(device(), make_experience(left=2)))
         with torch.no_grad():
-            x.logprobs = trainer.engine.actor(x.tokens, x.attention_mask, x.mask, 0.7)[0]
+            x.logprobs = trainer.models.actor(x.tokens, x.attention_mask, x.mask, 0.7)[0]
         trainer.train_rlhf(x)
         numbers = [trainer.metrics[f"ppo/policy/{name}"] for name in ("ratio", "approxkl", "clipfrac")]
         assert numbers == pytest.approx([1, 0, 0], abs=1e-5)
@@ -512,5 +515,5 @@ def test_schedule_counts_optimizer_steps_and_ends_at_its_end(make_model, setting
     batches, rates = MicroBatches(Collator(1, pad_token_id=3), 2)(sft_items()), []
     for _ in range(4):
         rates.append(engine.get_lr()[0])
-        train_step(engine, batches, lambda batch: token_nats(engine, batch), 15)
+        train_step(engine, batches, lambda batch: batch_loss(engine, batch), 15)
     assert rates + [engine.get_lr()[0]] == pytest.approx([0, LR / 2, LR, LR / 2, 0])

@@ -10,9 +10,10 @@ import torch
 from transformers import CONFIG_MAPPING
 
 import step3_ppo
-from data import UsageError, parse_config
-from bench.memory_plan import empty_model, epoch_hours, memory_plan, training_flops
-from hybrid_engine import EngineConfig, InferenceEngine
+from support.flags import UsageError, parse_config
+from support.plan import empty_model, epoch_hours, memory_plan, training_flops
+from hybrid_engine import InferenceEngine
+from support.flags import RunConfig
 
 GB = 2**30
 
@@ -26,7 +27,7 @@ def settings(stage=0, dtype="bf16", **zero):
     ("30b", 29.975), ("66b", 65.72), ("175b", 174.6)])
 def test_the_table_of_opt_has_the_published_sizes(size, billions):
     """Parameters of the checkpoints on the hub (175B: Zhang et al. 2022, which counts no biases)."""
-    model = empty_model(f"facebook/opt-{size}", EngineConfig())
+    model = empty_model(f"facebook/opt-{size}", RunConfig())
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=4e-3)
     assert all(p.is_meta for p in model.parameters())
 
@@ -36,7 +37,7 @@ def test_the_table_of_opt_has_the_published_sizes(size, billions):
     ("bf16", 3, 0.5, 0.5, 3)])
 def test_bytes_a_parameter(dtype, stage, weights, gradients, optimizer):
     """Rajbhandari et al. 2020, figure 1, on 4 devices."""
-    model = empty_model("opt-125m", EngineConfig())
+    model = empty_model("opt-125m", RunConfig())
     P = sum(p.numel() for p in model.parameters())
     plan, _ = memory_plan({"actor": model}, settings(stage, dtype, reduce_bucket_size=0), 4, 1, 128, 64)
     found = [plan["actor"][part] / P for part in ("weights", "gradients", "optimizer")]
@@ -44,7 +45,7 @@ def test_bytes_a_parameter(dtype, stage, weights, gradients, optimizer):
 
 
 def test_offload_moves_bytes_to_the_host():
-    model, cpu = empty_model("opt-125m", EngineConfig()), {"device": "cpu"}
+    model, cpu = empty_model("opt-125m", RunConfig()), {"device": "cpu"}
     P = sum(p.numel() for p in model.parameters())
     plan, _ = memory_plan({"actor": model}, settings(3, offload_optimizer=cpu, offload_param=cpu), 4, 1, 128, 64)
     assert plan["actor"]["weights"] == plan["actor"]["optimizer"] == 0
@@ -80,7 +81,7 @@ def deepspeed_chat(size):
     LoRA 128 that freezes the matrices it adapts and nothing else, a whole reference model, an OPT-350M critic trained
     whole and checkpointed, 8 rows of 256 + 256. Its generation aliases all weights, but its KV cache stays.
     """
-    lora, plain = EngineConfig(lora_dim=128), EngineConfig()
+    lora, plain = RunConfig(lora_dim=128), RunConfig()
     actor = empty_model(f"opt-{size}", lora)
     for name, parameter in actor.named_parameters():
         parameter.requires_grad_(".base.weight" not in name)
@@ -112,8 +113,8 @@ def test_hours_and_dollars_of_deepspeed_chat(size, gpus, tflops, hours, dollars)
     and BenckmarkSetting.md (264,292 prompts of 256 tokens, 256 generated); $32 for 8 GPUs an hour. Checkpointing from
     6.7B on.
     """
-    models = {"actor": empty_model(f"opt-{size}", EngineConfig()),
-              "critic": empty_model("opt-350m", EngineConfig(), "score")}
+    models = {"actor": empty_model(f"opt-{size}", RunConfig()),
+              "critic": empty_model("opt-350m", RunConfig(), "score")}
     found = epoch_hours(training_flops(models, 512, 256, size != "1.3b"), 264_292, gpus, tflops)
     assert found == pytest.approx(hours, rel=0.15)
     assert found * gpus * 4 == pytest.approx(dollars, rel=0.15)
@@ -126,8 +127,8 @@ def test_hours_from_its_pairs_a_second(size, gpus, pairs_a_second, hours):
     The same where figures 3, 4 and 7 state sequences a second (40 GB cards; 66B: 80 GB), turned into TFLOP/s a device
     by the usual 2 P a token.
     """
-    models = {"actor": empty_model(f"opt-{size}", EngineConfig()),
-              "critic": empty_model("opt-350m", EngineConfig(), "score")}
+    models = {"actor": empty_model(f"opt-{size}", RunConfig()),
+              "critic": empty_model("opt-350m", RunConfig(), "score")}
     P = {"1.3b": 1.3e9, "6.7b": 6.7e9, "13b": 13e9, "66b": 66e9}[size] + 0.33e9 * 3 / 4  # the critic does not generate
     tflops = pairs_a_second * 2 * 4 * 512 * P / gpus / 1e12  # 2 FLOP a parameter and token, 3 forwards and a generation
     found = epoch_hours(training_flops(models, 512, 256, False), 264_292, gpus, tflops)
@@ -164,7 +165,7 @@ def test_step_3_plans_without_reading_weights(model_folders, tmp_path, monkeypat
 
 def test_epochs_over_a_rollout_and_mixed_in_text_are_planned():
     """Each epoch trains once more and generates no more; text is more tokens of the actor's backward."""
-    models = {name: empty_model("facebook/opt-125m", EngineConfig(), head)
+    models = {name: empty_model("facebook/opt-125m", RunConfig(), head)
               for name, head in (("actor", "lm"), ("critic", "score"))}
     once, twice, mixed = (training_flops(models, 512, 256, False, *more) for more in ((), (2,), (1, 512)))
     generated = training_flops(models, 512, 0, False) / once
@@ -181,4 +182,4 @@ def test_a_mixture_of_experts_is_refused(tmp_path):
     CONFIG_MAPPING["mixtral"](hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                               num_key_value_heads=2, vocab_size=99).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="mixtures of experts"):
-        empty_model(str(tmp_path), EngineConfig())
+        empty_model(str(tmp_path), RunConfig())

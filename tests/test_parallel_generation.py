@@ -17,7 +17,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import hybrid_engine
-from hybrid_engine import EngineConfig, InferenceEngine, add_lora
+from hybrid_engine import InferenceEngine
+from support.flags import RunConfig
+from support.lora import add_lora
 from models import LLAMA, SMALL, ragged_prompts, small_model
 from ranks import run_ranks
 
@@ -59,7 +61,7 @@ def divisible(name, **changes):
 
 def lora(model, seed=5):
     """Adapters on everything in the blocks, A and B random; the same on every rank."""
-    config = EngineConfig(lora_dim=3, only_optimize_lora=True)
+    config = RunConfig(lora_dim=3, only_optimize_lora=True)
     add_lora(model, config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -8,9 +8,11 @@ from transformers import (LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassif
                           OPTForSequenceClassification)
 
 import step3_ppo
-from data import Collator, DataConfig, UsageError, encode_records, load_records, load_tokenizer, make_dataloader
-from hybrid_engine import RewardModel
-from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, critic_loss
+from data import Collator, encode_records, load_records, load_tokenizer, make_dataloader
+from support.flags import DataConfig, UsageError
+from support.models import RewardModel
+from step3_ppo import Config
+from step3_ppo import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, critic_loss
 
 
 def small_models(kind, folder, tokenizer):
@@ -54,7 +56,7 @@ def trainer(request, tmp_path, process_group):
 def ragged_prompts(trainer, lengths=(1, 3, 7, 4)):
     torch.manual_seed(1)
     items = [{"input_ids": torch.randint(4, 300, (n,)).numpy(), "record": None} for n in lengths]
-    return Collator(3, trainer.engine.tokenizer.pad_token_id)(items)
+    return Collator(3, trainer.models.tokenizer.pad_token_id)(items)
 
 
 @pytest.mark.parametrize("pad_is_eos", [False, True])
@@ -63,8 +65,8 @@ def test_first_update_has_ratio_one_and_no_kl(trainer, pad_is_eos):
     Checks 1, 2, 3, 4, 7 of the PPO literature: rollout, trainer and reference are one policy before the first step.
     """
     if pad_is_eos:
-        trainer.engine.tokenizer.pad_token = trainer.engine.tokenizer.eos_token
-    trainer.engine.eos_token_ids = list(range(0, 700, 3))  # many ends: responses of all lengths
+        trainer.models.tokenizer.pad_token = trainer.models.tokenizer.eos_token
+    trainer.models.eos_token_ids = list(range(0, 700, 3))  # many ends: responses of all lengths
     x = trainer.generate_experience(ragged_prompts(trainer))
     assert 1 < x.mask.sum(1).unique().numel(), "the responses should be ragged"
     torch.testing.assert_close(x.ref_logprobs * x.mask, x.logprobs * x.mask, atol=1e-5, rtol=0)
@@ -74,7 +76,7 @@ def test_first_update_has_ratio_one_and_no_kl(trainer, pad_is_eos):
     assert trainer.metrics["ppo/policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert trainer.metrics["ppo/policy/clipfrac"] == 0
     if pad_is_eos:
-        trainer.engine.tokenizer.pad_token = "<pad>"
+        trainer.models.tokenizer.pad_token = "<pad>"
 
 
 def test_second_epoch_measures_against_the_frozen_policy(trainer):
@@ -86,7 +88,7 @@ def test_second_epoch_measures_against_the_frozen_policy(trainer):
 
 def test_eos_is_in_the_mask_and_has_a_gradient(trainer):
     """The action of stopping must be trained: DeepSpeed-Chat masks it with the padding."""
-    engine = trainer.engine
+    engine = trainer.models
     engine.eos_token_ids = list(range(0, 700, 2))
     x = trainer.generate_experience(ragged_prompts(trainer))
     row = int((x.mask.sum(1) < x.mask.size(1)).nonzero()[0])  # a row that ended early
@@ -102,7 +104,7 @@ def test_eos_is_in_the_mask_and_has_a_gradient(trainer):
 
 
 def test_score_stands_on_the_last_response_token(trainer):
-    trainer.engine.eos_token_ids = list(range(0, 700, 3))
+    trainer.models.eos_token_ids = list(range(0, 700, 3))
     x = trainer.generate_experience(ragged_prompts(trainer))
     rewards = x.returns  # gamma = 1 and KL = 0: the last token's advantage is score - value, so its return is the score
     last = x.mask.sum(1).long() - 1
@@ -126,7 +128,7 @@ def test_values_are_of_the_state_before_each_token(trainer):
     row, P = 2, x.tokens.size(1) - x.mask.size(1)
     for t in range(int(x.mask[row].sum())):
         prefix, mask = x.tokens[row:row + 1, :P + t], x.attention_mask[row:row + 1, :P + t]
-        torch.testing.assert_close(trainer.engine.critic.module(prefix, mask)[0, -1], x.values[row, t],
+        torch.testing.assert_close(trainer.models.critic.module(prefix, mask)[0, -1], x.values[row, t],
                                    atol=1e-5, rtol=0)
 
 
@@ -152,8 +154,8 @@ def test_every_row_is_used_once_an_epoch_and_in_another_order(trainer, monkeypat
     args.per_device_train_batch_size, args.ppo_epochs = 1, 5
 
     def spy(engine, micro_batches, *rest):
-        if engine is trainer.engine.actor:
-            used.extend(row for rows, _ in micro_batches for row in rows.tolist())  # (rows, text to mix in)
+        if engine is trainer.models.actor:
+            used.extend(row for rows in micro_batches for row in rows.tolist())
         return train_step(engine, micro_batches, *rest)
 
     monkeypatch.setattr(step3_ppo, "train_step", spy)
@@ -170,7 +172,7 @@ def test_each_rank_has_noise_of_its_own(trainer, monkeypatch):
     for rank in (0, 1, 0):
         with monkeypatch.context() as patch:
             patch.setattr(step3_ppo.dist, "get_rank", lambda: rank)
-            rollouts.append(trainer.respond(trainer.engine.generator, ragged_prompts(trainer), 1, 1)[0].tokens)
+            rollouts.append(trainer.respond(trainer.models.generator, ragged_prompts(trainer), 1, 1)[0].tokens)
     assert torch.equal(rollouts[0], rollouts[2]) and not torch.equal(rollouts[0], rollouts[1])
 
 
@@ -183,14 +185,14 @@ def test_a_rollout_that_no_whole_step_uses_up_is_refused(trainer):
 
 def test_the_critic_starts_as_the_reward_model(trainer):
     ids, real = (ragged_prompts(trainer)[name] for name in ("input_ids", "attention_mask"))
-    assert torch.equal(trainer.engine.critic(ids, real), trainer.engine.reward(ids, real))
+    assert torch.equal(trainer.models.critic(ids, real), trainer.models.reward_model(ids, real))
 
 
 def test_scores_are_normalised_by_the_reward_models_own_numbers_then_clipped(trainer):
-    engine = trainer.engine
-    raw_model = RewardModel(engine.reward.model)
-    engine.reward.model.config.score_mean, engine.reward.model.config.score_std = 0.3, 0.02
-    engine.rewards = {"reward": RewardModel(engine.reward.model, normalise=True)}
+    engine = trainer.models
+    raw_model = RewardModel(engine.reward_model.model)
+    engine.reward_model.model.config.score_mean, engine.reward_model.model.config.score_std = 0.3, 0.02
+    engine.scorers = {"reward": RewardModel(engine.reward_model.model, normalise=True)}
     x = DeepSpeedPPOTrainer(engine, trainer.args).generate_experience(ragged_prompts(trainer))
     raw = torch.stack([raw_model(ids[real.bool()][None], real[real.bool()][None])[0, -1]
                        for ids, real in zip(x.tokens, x.attention_mask)])
@@ -203,34 +205,34 @@ def test_an_answer_without_eos_loses_exactly_the_penalty(trainer):
     """
     After the clip, and before the KL (here 0) is added: the last token's return is the clipped score less the penalty.
     """
-    trainer.engine.eos_token_ids = list(range(0, 1000, 20))
+    trainer.models.eos_token_ids = list(range(0, 1000, 20))
     trainer.args.reward_clip, trainer.args.missing_eos_penalty = 0.001, 0.7
     x = trainer.generate_experience(ragged_prompts(trainer, lengths=(1, 3, 7, 4, 2, 5, 6, 3)))
     last = x.mask.sum(1).long() - 1
     ended = torch.isin(x.tokens[:, -x.mask.size(1):].gather(1, last[:, None]).squeeze(1),
-                       torch.tensor(trainer.engine.eos_token_ids))
+                       torch.tensor(trainer.models.eos_token_ids))
     assert 0 < ended.sum() < 8 and (x.scores.abs() == 0.001).any()
     torch.testing.assert_close(x.returns.gather(1, last[:, None]).squeeze(1), x.scores - 0.7 * (~ended).float(),
                                atol=1e-4, rtol=0)
 
 
 def test_only_actor_and_critic_are_trained_and_each_rollout_is_another(trainer):
-    engine = trainer.engine
+    engine = trainer.models
     before = {name: {key: value.clone() for key, value in model.state_dict().items()}
-              for name, model in (("ref", engine.ref), ("reward", engine.reward), ("actor", engine.actor.module))}
+              for name, model in (("ref", engine.ref), ("reward", engine.reward_model), ("actor", engine.actor.module))}
     prompts = ragged_prompts(trainer)
     first = trainer.generate_experience(prompts)
     again = trainer.generate_experience(prompts)
     # another seed each time
     assert first.tokens.shape != again.tokens.shape or not torch.equal(first.tokens, again.tokens)
     trainer.train_rlhf(again)
-    for name, model in (("ref", engine.ref), ("reward", engine.reward)):
+    for name, model in (("ref", engine.ref), ("reward", engine.reward_model)):
         assert all(torch.equal(value, before[name][key]) for key, value in model.state_dict().items())
     assert any(not torch.equal(value, before["actor"][key]) for key, value in engine.actor.module.state_dict().items())
 
 
 def test_answers_of_one_token_train(trainer):
-    trainer.engine.eos_token_ids = list(range(len(trainer.engine.tokenizer)))  # whatever is sampled ends the answer
+    trainer.models.eos_token_ids = list(range(len(trainer.models.tokenizer)))  # whatever is sampled ends the answer
     x = trainer.generate_experience(ragged_prompts(trainer, lengths=(1, 1, 1, 1)))
     assert x.mask.tolist() == [[1.0]] * 4
     assert torch.isfinite(torch.tensor(trainer.train_rlhf(x))).all()

@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import hybrid_engine
 import step1_sft
 import step2_reward
 import step3_ppo
 from conftest import clean_environment
-from data import UsageError, load_tokenizer, toy_rows
+from data import load_tokenizer
+from support.flags import UsageError
+from support.toy import toy_rows
 from ranks import run_ranks
 from test_ppo import small_models
 
@@ -58,7 +59,7 @@ def config(stage, folder, out, ranks=1, **flags):
 
 
 def train(stage, *arguments, **flags):
-    hybrid_engine.seed_everything(1234)  # as the start of a process does
+    processes.seed_everything(1234)  # as the start of a process does
     stage.main(config(stage, *arguments, **flags))
 
 
@@ -85,14 +86,14 @@ def assert_same(one, other):
 
 def stop_at(monkeypatch, step, how):
     """`how()` runs in the middle of this step, once its metrics are logged."""
-    log = hybrid_engine.MetricsLog.__call__
+    log = metrics.MetricsLog.__call__
 
     def logged(self, now, metrics):
         log(self, now, metrics)
         if now == step:
             how()
 
-    monkeypatch.setattr(hybrid_engine.MetricsLog, "__call__", logged)
+    monkeypatch.setattr(metrics.MetricsLog, "__call__", logged)
 
 
 @pytest.mark.parametrize("stage, zero_stage", [(step1_sft, 2), (step2_reward, 3), (step3_ppo, 0), (step3_ppo, 3)],
@@ -186,9 +187,9 @@ def test_a_run_may_be_moved_as_a_whole(folder, process_group, tmp_path):
         for name in (f"{place}/sft", "here/sft"):
             flags = config(step1_sft, tmp_path, place, model_name_or_path=str(tmp_path / name),
                            data_path=[str(folder / "rows.jsonl")], deepspeed_config=str(folder / "ds.json"))
-            resolved[place, name] = hybrid_engine.resolved_config(flags, "sft")
-    assert hybrid_engine.changed_flag(resolved["here", "here/sft"], resolved["there", "there/sft"]) is None
-    other = hybrid_engine.changed_flag(resolved["here", "here/sft"], resolved["there", "here/sft"])
+            resolved[place, name] = checkpoints.resolved_config(flags, "sft")
+    assert checkpoints.changed_flag(resolved["here", "here/sft"], resolved["there", "there/sft"]) is None
+    other = checkpoints.changed_flag(resolved["here", "here/sft"], resolved["there", "here/sft"])
     assert "model_name_or_path" in other
 
 

@@ -10,10 +10,12 @@ import types
 import pytest
 import torch
 
-from data import Collator, UsageError, encode_records, load_tokenizer, to_records
-from hybrid_engine import last_token, on_any_rank
-from step3_ppo import (Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, call_reward_function, evaluate,
-                       load_reward_function)
+from data import Collator, encode_records, load_tokenizer, to_records
+from support.flags import UsageError
+from support.models import last_token
+from support.processes import on_any_rank
+from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, Evaluation, evaluate
+from support.reward_functions import RewardFunction, load_reward_function
 from ranks import run_ranks
 from test_ppo import small_models
 
@@ -78,25 +80,25 @@ def prompts(rows=ROWS, tokenizer=None):
     (ROWS, "What is 1 + 1?", "two"),
     (CHAT, [{"role": "user", "content": "What is 1 + 1?"}], [{"role": "assistant", "content": "two"}])],
     ids=["text", "messages"])
-def test_a_function_is_called_as_trl_calls_it(rows, prompt, completion):
+def test_a_function_is_called_as_trl_calls_it(rows, prompt, completion, process_group):
     seen = {}
     def f(prompts, completions, **columns):
         seen.update(columns, prompts=prompts, completions=completions)
         return [0, 1, 2, 3]
     records, _ = to_records(rows, "rows")
-    assert call_reward_function("f", f, records, ["zero", "two", "four", "six"]).tolist() == [0, 1, 2, 3]
+    assert RewardFunction("f", f)(records, ["zero", "two", "four", "six"]).tolist() == [0, 1, 2, 3]
     assert seen["prompts"][1] == prompt and seen["completions"][1] == completion
     assert (seen["solution"] == [0, 2, 4, 6] and seen["chosen"] == ["0", "2", "4", "6"]
             and seen["rejected"] == 4 * ["Go."])
     assert len(seen) == 5
 
 
-def test_columns_of_blended_sources():
+def test_columns_of_blended_sources(process_group):
     """One source has a column that the other lacks: None stands there."""
     records = to_records(ROWS[:1], "a")[0] + to_records([{"question": "Why?", "answer": "So.", "level": 3}], "b")[0]
     seen = {}
-    call_reward_function("f", lambda prompts, completions, **columns: seen.update(columns) or [0, 0], records,
-                         ["x", "y"])
+    RewardFunction("f", lambda prompts, completions, **columns: seen.update(columns) or [0, 0])(
+        records, ["x", "y"])
     assert seen["solution"] == [0, None] and seen["level"] == [None, 3] and seen["chosen"] == ["0", "So."]
 
 
@@ -111,7 +113,7 @@ def test_python_scores_are_taken_as_they_are(make_trainer):
     trainer = make_trainer("length", reward_clip=0.01)
     x = trainer.generate_experience(prompts())
     R = x.mask.size(1)
-    texts = [trainer.engine.tokenizer.decode(ids[-R:][mask.bool()], skip_special_tokens=True).strip()
+    texts = [trainer.models.tokenizer.decode(ids[-R:][mask.bool()], skip_special_tokens=True).strip()
              for ids, mask in zip(x.tokens, x.mask)]
     assert x.scores.tolist() == [len(text) for text in texts] and x.scores.max() > 1
     last = x.mask.sum(1).long() - 1  # gamma = 1, KL = 0: the last token's return is its reward
@@ -137,7 +139,7 @@ def test_a_weighted_sum_of_functions_and_models(make_trainer, place):
     x = trainer.generate_experience(prompts())
     with torch.no_grad():
         raw = torch.stack([model(ids[None, mask.bool()]).logits[0, 0] for ids, mask in zip(x.tokens, x.attention_mask)])
-    critic = last_token(trainer.engine.critic(x.tokens, x.attention_mask), x.attention_mask)
+    critic = last_token(trainer.models.critic(x.tokens, x.attention_mask), x.attention_mask)
     torch.testing.assert_close(critic.detach(), (raw - 0.2) / 0.5, atol=1e-5, rtol=1e-5)  # values in the rewards' units
     normalised = ((raw - 0.2) / 0.5).clamp(-1.5, 1.5)
     lengths = torch.tensor([float(len(c)) for c in decoded(trainer, x)])
@@ -149,14 +151,14 @@ def test_a_weighted_sum_of_functions_and_models(make_trainer, place):
 
 def decoded(trainer, x):
     R = x.mask.size(1)
-    return [trainer.engine.tokenizer.decode(ids[-R:][mask.bool()], skip_special_tokens=True).strip()
+    return [trainer.models.tokenizer.decode(ids[-R:][mask.bool()], skip_special_tokens=True).strip()
             for ids, mask in zip(x.tokens, x.mask)]
 
 
 def test_without_the_flag_the_reward_model_is_the_critics_start(make_trainer, place):
     trainer = make_trainer()
     x = trainer.generate_experience(prompts())
-    values = trainer.engine.critic(x.tokens, x.attention_mask)
+    values = trainer.models.critic(x.tokens, x.attention_mask)
     torch.testing.assert_close(x.scores, last_token(values, x.attention_mask).clamp(-5, 5), atol=1e-5, rtol=0)
     batch = prompts()
     del batch["records"]  # reward models read ids
@@ -166,23 +168,29 @@ def test_without_the_flag_the_reward_model_is_the_critics_start(make_trainer, pl
 def test_evaluation_reports_the_reward_that_was_trained(make_trainer):
     trainer = make_trainer("ones")
     before = dict(trainer.metrics)
-    held, answered, marks = evaluate(trainer, [prompts(), prompts()], None)
-    assert held["score"] == 1 and len(answered) == 8 and trainer.metrics == before and trainer.iterations == 0
-    assert held["kl"] == pytest.approx(0, abs=1e-4) and held["gold"] is held["win_rate"] is None and marks == 8 * [1]
+    found = evaluate(trainer, [prompts(), prompts()], None)
+    held = found.numbers
+    assert held["score"] == 1 and len(found.answered) == 8
+    assert trainer.metrics == before and trainer.iterations == 0
+    assert held["kl"] == pytest.approx(0, abs=1e-4)
+    assert held["gold"] is held["win_rate"] is None and found.grades == 8 * [1]
 
 
 def test_win_rate_by_hand(make_trainer):
     """
-    Marks by the task's scorer where there is one, else by the reward: better, worse and tied against given rivals.
+    Marks by the task's scorer where there is one, else by the reward: better, worse and tied against a given evaluation before.
     """
     trainer = make_trainer("ones")
-    assert evaluate(trainer, [prompts()], None, [0.5, 1.0, 1.0, 2.0])[0]["win_rate"] == (1 + 0.5 + 0.5) / 4
-    held, answered, marks = evaluate(trainer, [prompts()], lambda record, answer: float(record.chosen),
-                                     [0.0, 1.0, 5.0, 5.0])
-    assert (marks == [0, 2, 4, 6] and held["gold"] == 3 and held["score"] == 1
-            and held["win_rate"] == (0.5 + 1 + 0 + 1) / 4)
-    again = evaluate(trainer, [prompts()], None)[1]
-    assert [answer for _, answer in again] == [answer for _, answer in answered]  # the same noise at every call
+    before = Evaluation({}, [], [0.5, 1.0, 1.0, 2.0])
+    found = evaluate(trainer, [prompts()], None, before)
+    assert found.numbers["win_rate"] == (1 + 0.5 + 0.5) / 4
+    before = Evaluation({}, [], [0.0, 1.0, 5.0, 5.0])
+    marked = evaluate(trainer, [prompts()], lambda record, answer: float(record.chosen), before)
+    assert marked.grades == [0, 2, 4, 6]
+    assert marked.numbers["gold"] == 3 and marked.numbers["score"] == 1
+    assert marked.numbers["win_rate"] == (0.5 + 1 + 0 + 1) / 4
+    # the same noise at every call
+    assert [a for _, a in found.answered] == [a for _, a in marked.answered]
 
 
 def test_where_the_critic_starts(make_trainer, place, tmp_path, monkeypatch, capsys):
@@ -221,7 +229,8 @@ def test_a_function_that_imports_its_neighbour(tmp_path, monkeypatch):
     (tmp_path / "words_of_mine.py").write_text("LIMIT = 3\n")
     (tmp_path / "mine.py").write_text("from words_of_mine import LIMIT\ndef f(prompts, completions, **columns):\n"
                                       "    return [LIMIT] * len(prompts)\n")
-    assert load_reward_function(f"{tmp_path}/mine.py:f")(["a", "b"], ["c", "d"]) == [3, 3]
+    function = load_reward_function(f"{tmp_path}/mine.py:f").function
+    assert function(["a", "b"], ["c", "d"]) == [3, 3]
 
 
 def test_a_function_that_cannot_be_had(make_trainer, place, tmp_path):

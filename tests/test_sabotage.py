@@ -16,7 +16,8 @@ import hybrid_engine
 import step1_sft
 import step2_reward
 import step3_ppo
-from data import UsageError
+from support import models
+from support.flags import UsageError
 
 WORDS = "red blue green brown black white pink grey cold hot wet dry old new big small".split()
 THINGS = ["house", "hat", "box", "cup", "bed", "map", "pen", "sky", "dog", "cat"]
@@ -94,7 +95,7 @@ def test_preflight_leaves_no_trace(flags, tmp_path):
 # stopped before the first update: each returns changes of the flags, after it broke one thing
 
 def dropout_left_on(flags, folder, patch):
-    patch(hybrid_engine, "disable_dropout", lambda config: None)
+    patch(models, "disable_dropout", lambda config: None)
     shutil.copytree(flags["actor_model_name_or_path"], folder / "sft")
     config = json.loads((folder / "sft/config.json").read_text())
     # OPT's default, called as a function
@@ -117,8 +118,8 @@ def mask_without_eos(flags, folder, patch):
 
 
 def logprobs_of_the_token_before(flags, folder, patch):
-    forward = hybrid_engine.LanguageModel.forward
-    patch(hybrid_engine.LanguageModel, "forward",
+    forward = models.LanguageModel.forward
+    patch(models.LanguageModel, "forward",
           lambda self, ids, real, mask, temperature=1.0: forward(self, ids.roll(1, 1), real, mask, temperature))
     return {}
 
@@ -212,11 +213,11 @@ def test_the_doctor_names_stale_log_probabilities(flags, tmp_path, monkeypatch):
     generate_experience = step3_ppo.DeepSpeedPPOTrainer.generate_experience
 
     def stale(self, prompt_batch):
-        actor, self.engine.actor = self.engine.actor, self.engine.ref
+        actor, self.models.actor = self.models.actor, self.models.ref
         try:
             return generate_experience(self, prompt_batch)
         finally:
-            self.engine.actor = actor
+            self.models.actor = actor
 
     monkeypatch.setattr(step3_ppo.DeepSpeedPPOTrainer, "generate_experience", stale)
     assert "old log-probabilities are of an older policy" in ppo(flags, tmp_path, max_steps=10)

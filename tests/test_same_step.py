@@ -18,9 +18,11 @@ from deepspeed.runtime.config import DeepSpeedConfig
 import step1_sft
 import step2_reward
 import step3_ppo
-from data import DataConfig, load_tokenizer
-from hybrid_engine import (EngineConfig, LanguageModel, RewardModel, all_sum, frozen_engine, load_model, setup,
-                           train_engine, train_step)
+from data import load_tokenizer
+from hybrid_engine import frozen_model, train_engine, train_step
+from support.flags import RunConfig
+from support.models import LanguageModel, RewardModel, load_model
+from support.processes import all_sum, setup
 from ranks import run_ranks
 from test_ppo import small_models
 
@@ -30,7 +32,7 @@ REFERENCE = dict(stage=0, micro=ROWS)
 
 
 @dataclass
-class Config(EngineConfig, DataConfig):
+class Config(RunConfig):
     pass
 
 
@@ -100,7 +102,7 @@ def one_step(folder, stage, micro, checkpointing=False, offload=None):
                           RATE, 10)
     batches = [{key: value[part] for key, value in sft.items()} for part in parts]
     count, = all_sum(step1_sft.trained_tokens(batches))
-    keep("SFT", engine, *train_step(engine, batches, lambda batch: step1_sft.token_nats(engine, batch), count))
+    keep("SFT", engine, *train_step(engine, batches, lambda batch: step1_sft.batch_loss(engine, batch), count))
 
     model = load_model(f"{folder}/reward", tokenizer, settings, 64, head="score")
     engine = train_engine(RewardModel(model), settings, config, RATE, 10)
@@ -115,7 +117,6 @@ def one_step(folder, stage, micro, checkpointing=False, offload=None):
         engine = step3_ppo.DeepSpeedRLHFEngine(f"{folder}/actor", f"{folder}/reward", tokenizer, 10, args)
     trainer = step3_ppo.DeepSpeedPPOTrainer(engine, args)
     trainer.metrics = {"time/generate": 0, "time/score": 0}
-    trainer.read = 1
     advantages = step3_ppo.whiten(experience["advantages"][mine], experience["mask"][mine])
     experience = step3_ppo.Experience(**{**{k: v[mine] for k, v in experience.items()}, "advantages": advantages})
     losses = trainer.train_rlhf(experience)
@@ -168,7 +169,7 @@ def test_zeropp_settings_reach_deepspeed(tmp_path, process_group):
     settings = setup(config)
     with mock.patch("deepspeed.initialize", return_value=(mock.MagicMock(),)) as initialize:
         train_engine(torch.nn.Linear(2, 2), settings, config, RATE, 10)
-        frozen_engine(torch.nn.Linear(2, 2), settings)
+        frozen_model(torch.nn.Linear(2, 2), settings)
     for call in initialize.call_args_list:
         arrived = DeepSpeedConfig(call.kwargs["config"]).zero_config
         assert {name: getattr(arrived, name) for name in zero} == zero

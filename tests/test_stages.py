@@ -69,7 +69,7 @@ def test_folders_load_in_a_process_without_this_repo(output, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from hybrid_engine import LanguageModel, RewardModel, last_token
+    from support.models import LanguageModel, RewardModel, last_token
     script = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer

@@ -16,15 +16,18 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import step1_sft
 import step2_reward
 import step3_ppo
-from data import DataConfig, load_tokenizer, toy_rows
-from hybrid_engine import (EngineConfig, ExponentialMovingAverage, LanguageModel, load_model, setup, train_engine,
-                           train_step)
+from data import load_tokenizer
+from support.toy import toy_rows
+from hybrid_engine import ExponentialMovingAverage, train_engine, train_step
+from support.flags import RunConfig
+from support.models import LanguageModel, load_model
+from support.processes import setup
 from ranks import run_ranks
 from test_ppo import small_models
 
 
 @dataclass
-class Config(EngineConfig, DataConfig):
+class Config(RunConfig):
     pass
 
 

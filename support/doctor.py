@@ -1,7 +1,7 @@
 """
 The run doctor: what a PPO run's metrics say about its health, in plain sentences that name what to change.
 
-    python bench/doctor.py output/actor/metrics.jsonl
+    python support/doctor.py output/actor/metrics.jsonl
 
 step3_ppo.py asks it after every step, and prints what it says.
 """

@@ -17,11 +17,12 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from data import UsageError
-from hybrid_engine import (LoRALinear, add_lora, check_flags, compute_dtype, deepspeed_settings, parameter_count,
-                           read_config)
 from kernels.decoder import FAMILIES
 from kernels.logprob import SLICE
+from support.flags import UsageError
+from support.lora import LoRALinear, add_lora
+from support.models import parameter_count, read_config
+from support.processes import compute_dtype, deepspeed_settings
 
 OPT = {"125m": (768, 12, 12), "350m": (1024, 24, 16), "1.3b": (2048, 24, 32), "2.7b": (2560, 32, 32),
        "6.7b": (4096, 32, 32), "13b": (5120, 40, 40), "30b": (7168, 48, 56), "66b": (9216, 64, 72),
@@ -186,11 +187,49 @@ def training_flops(models, tokens, generated, checkpointing, epochs=1, text=0):
     return epochs * (3 + checkpointing) * forwards + (forward_flops(trained[0], tokens) if generated else 0)
 
 
-def dry_run(config, models, tokens, scored, generated=0):
-    """Prints memory_plan, time and cost, from rank 0; arguments as memory_plan's."""
+def planned_models(config, stage):
+    """
+    The models of a stage ("sft", "reward", "dpo" or "ppo") without weights, by name; the one that generates comes
+    first.
+    """
+    if stage == "sft":
+        return {"model": empty_model(config.model_name_or_path, config)}
+    if stage == "reward":
+        return {"model": empty_model(config.model_name_or_path, config, "score")}
+    if stage == "dpo":
+        models = {"model": empty_model(config.model_name_or_path, config)}
+        if not config.only_optimize_lora:
+            models["ref"] = empty_model(config.model_name_or_path, config, trained=False)
+        return models
+    actor, critic = config.actor_model_name_or_path, config.critic_model_name_or_path
+    models = {"actor": empty_model(actor, config)}
+    if not (config.lora_dim and config.only_optimize_lora):
+        models["ref"] = empty_model(actor, config, trained=False)
+    scorers = [name for name in config.reward_fn or [critic] if not name.rpartition(":")[0].endswith(".py")]
+    for i, name in enumerate(scorers):
+        models[f"reward {i + 1}" if i else "reward"] = empty_model(name, config, "score", trained=False)
+    if config.advantage == "gae":
+        models["critic"] = empty_model(critic or actor, config, "score")
+    return models
+
+
+def planned_row(config, stage):
+    """-> tokens of one row, tokens of it that go through the head, rows of a rollout (0: the stage has none)."""
+    if stage == "sft":
+        return config.max_seq_len, config.max_seq_len, 0
+    if stage == "reward":
+        return 2 * config.max_seq_len, 0, 0
+    if stage == "dpo":
+        return 2 * config.max_seq_len, 2 * config.max_seq_len, 0
+    return config.max_prompt_seq_len + config.max_answer_seq_len, config.max_answer_seq_len, config.rollout_rows
+
+
+def dry_run(config, stage):
+    """Prints memory_plan, time and cost of a stage ("sft", "reward", "dpo" or "ppo"), from rank 0."""
     if os.environ.get("RANK", "0") != "0":
         return
-    check_flags(config)
+    models = planned_models(config, stage)
+    tokens, scored, generated = planned_row(config, stage)
     settings, machine = deepspeed_settings(config), config.dry_run < 0
     devices = int(os.environ.get("WORLD_SIZE", 1)) if machine else config.dry_run
     cpu = machine and get_accelerator().device_name() == "cpu"

@@ -1,6 +1,6 @@
 """
 Before a PPO run: eight checks on its own models and prompts, in seconds. step3_ppo.py makes them (--skip_preflight goes
-without); what goes wrong later is bench/doctor.py's.
+without); what goes wrong later is support/doctor.py's.
 
 A user who changes a loss, a mask or a template hears of it here, before hours are spent.
 """
@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from data import Collator, UsageError, encode_records, load_tokenizer, pad, rank_share, render
-from hybrid_engine import all_sum, device, last_token, print0, to_device
+from data import Collator, encode_records, load_tokenizer, pad, rank_share, render
+from support.flags import UsageError
+from support.models import last_token
+from support.processes import all_sum, device, print0, to_device
 
 NOISE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}  # mean nats between two ways to one number
 TRIAL = 50  # steps; in a shorter run untrained models are normal: they are spoken of, and stop nothing
@@ -24,7 +26,7 @@ TRIAL = 50  # steps; in a shorter run untrained models are normal: they are spok
 def undisturbed(trainer):
     """Inside, rollouts and forwards in training mode; afterwards counters, modes and random state are as before."""
     state, cuda = dict(vars(trainer)), [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    modes = [(module, module.training) for module in trainer.engine.actor.modules()]
+    modes = [(module, module.training) for module in trainer.models.actor.modules()]
     with torch.random.fork_rng(devices=cuda):
         try:
             trainer.iterations = -1  # rollout 0: a sampling seed that no step has
@@ -57,7 +59,7 @@ def preflight(trainer, dataloader, records, total_steps):
                 a coin's
     Leaves trainer, models and random state as they were. Collective.
     """
-    began, engine, args = time.time(), trainer.engine, trainer.args
+    began, engine, args = time.time(), trainer.models, trainer.args
     with undisturbed(trainer):
         batch = next(iter(dataloader))
         x = trainer.generate_experience(batch)
@@ -91,7 +93,7 @@ def own_batches(items, args):
 
 
 def check_text(engine, batch, args):
-    tokenizer, folder = engine.tokenizer, engine.reward and engine.reward.model.config.name_or_path
+    tokenizer, folder = engine.tokenizer, engine.reward_model and engine.reward_model.model.config.name_or_path
     reader = load_tokenizer(folder) if folder else tokenizer
     unopened = unlike = 0
     for record, ids, real in zip(batch["records"], batch["input_ids"], batch["attention_mask"].bool()):
@@ -116,7 +118,7 @@ def check_text(engine, batch, args):
 
 def check_logprobs(trainer, x, noise):
     """The checks of dropout, sampler and reference -> {name: sentence or None}."""
-    engine, args = trainer.engine, trainer.args
+    engine, args = trainer.models, trainer.args
     engine.actor.train()
     first, second = (engine.actor(x.tokens, x.attention_mask, x.mask, args.temperature)[0] for _ in range(2))
     random, old, kl = (distance(a, b, x.mask) for a, b in ((first, second), (first, x.logprobs),
@@ -143,7 +145,7 @@ def check_padding(engine, x, noise):
     attention_mask = F.pad(x.attention_mask, (more, 0))
     logprobs, _ = engine.actor(tokens, attention_mask, x.mask, engine.args.temperature)
     apart = {"the actor's log-probabilities": distance(logprobs, x.logprobs, x.mask)}
-    for name, model in (("the critic's values", engine.critic), ("the reward model's scores", engine.reward)):
+    for name, model in (("the critic's values", engine.critic), ("the reward model's scores", engine.reward_model)):
         if model is None:
             continue
         plain, padded = model(x.tokens, x.attention_mask), model(tokens, attention_mask)[:, more:]
@@ -174,7 +176,7 @@ def check_rewards(engine, x, args):
 
 def check_ending(trainer, records):
     """From prompt + answer + EOS, and prompt + half of the answer + EOS, of up to 64 held-out answers."""
-    engine, args, V = trainer.engine, trainer.args, len(trainer.engine.tokenizer)
+    engine, args, V = trainer.models, trainer.args, len(trainer.models.tokenizer)
     eos, longest = engine.tokenizer.eos_token_id, args.max_prompt_seq_len + args.max_answer_seq_len
     answered = [record for record in records if record.chosen][:64]
     ended = trainer.metrics["response/ended"]
@@ -216,14 +218,14 @@ def check_preference(engine, records, args):
     certain: not above 0.5).
     """
     pairs = [record for record in records if record.chosen and record.rejected][:128]
-    if not pairs or engine.reward is None:
+    if not pairs or engine.reward_model is None:
         return None, True
     items = encode_records(pairs, engine.tokenizer, 2, args.max_prompt_seq_len + args.max_answer_seq_len,
                            log=lambda line: None)
     right, count = 0.0, 0
     for part in own_batches(items, args):
         batch = to_device(Collator(2, engine.tokenizer.pad_token_id)(part))
-        chosen, rejected = last_token(engine.reward(batch["input_ids"], batch["attention_mask"]),
+        chosen, rejected = last_token(engine.reward_model(batch["input_ids"], batch["attention_mask"]),
                                       batch["attention_mask"]).chunk(2)
         right += ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).sum()
         count += len(part)
@@ -231,5 +233,5 @@ def check_preference(engine, records, args):
     accuracy = right / count
     return accuracy < (0.5 + 1 / count**0.5 if count >= 32 else 0.5) and (  # fewer can hardly tell
         f"the reward model prefers the chosen answer in {accuracy:.2f} of {count:.0f} held-out pairs, a coin in 0.5: "
-        f"{engine.reward.model.config.name_or_path} is not trained for these data (step2_reward.py prints its held-out "
+        f"{engine.reward_model.model.config.name_or_path} is not trained for these data (step2_reward.py prints its held-out "
         "accuracy), or reads them by another chat template."), accuracy <= 0.5 and count >= 32

@@ -1,0 +1,344 @@
+"""
+Models: Hugging Face folders in, Hugging Face folders out, and the two forms in which stages call
+them.
+
+    LanguageModel   (input_ids, attention_mask, mask) -> log-probabilities of given tokens, entropy
+    RewardModel     (input_ids, attention_mask) -> one value a position
+"""
+
+import inspect
+import math
+import os
+import shutil
+from pathlib import Path
+
+import deepspeed
+import safetensors
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from kernels.decoder import FAMILIES
+from kernels.logprob import linear_logprobs, token_logprobs
+from support.flags import UsageError, check_local_path, first_line
+from support.lora import add_lora, save_adapter, split_lora_state
+from support.processes import CONFIGS, compute_dtype, print0
+
+
+# -----------------------------------------------------------------------------
+# the two forms
+
+class LanguageModel(nn.Module):
+    """A Hugging Face causal LM that returns log-probabilities of given tokens, never the logits."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.arguments = set(inspect.signature(model.forward).parameters)
+        # In the decoder's families logits are hidden @ weight.T + bias and nothing else.
+        self.plain_head = model.config.model_type in FAMILIES
+
+    def forward(self, input_ids, attention_mask, mask, temperature=1.0):
+        """
+        input_ids, attention_mask  (B, T) int64, padded on either side or both
+        mask                       (B, R), R < T: not zero on those of the last R tokens that are to
+                                   be scored
+        returns  logprobs  (B, R) float32, nats, of input_ids[:, -R:] given what precedes them, at
+                           this temperature
+                 entropy   (B, R) float32, nats, of the distributions they were drawn from,
+                           detached, for logging
+                 Both are zero where mask is zero: the head, often half of all work, is not applied
+                 there.
+        """
+        R = mask.size(1)
+        scored = mask.bool()
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if "position_ids" in self.arguments:
+            inputs["position_ids"] = position_ids(attention_mask)
+        targets = input_ids[:, -R:][scored]
+
+        # The hidden state at t predicts token t + 1, so those of the columns before are taken.
+        if self.plain_head:
+            hidden = self.model.base_model(**inputs)[0][:, -R - 1:-1]
+            head = self.model.get_output_embeddings()
+            logprobs, entropy = linear_logprobs(
+                hidden[scored], head.weight, targets, head.bias, temperature)
+        else:
+            logits = self.model(**inputs, logits_to_keep=R + 1).logits
+            logits = logits[:, -R - 1:-1][scored] / temperature
+            logprobs = token_logprobs(logits, targets)
+            entropy = entropy_of(logits)
+
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return zeros.masked_scatter(scored, logprobs), zeros.masked_scatter(scored, entropy)
+
+
+@torch.no_grad()
+def entropy_of(logits):
+    """logits (N, V) -> (N,) nats; 256 rows at a time, because it takes several float32 copies."""
+    parts = [torch.distributions.Categorical(logits=part.float()).entropy()
+             for part in logits.split(256)]
+    return torch.cat(parts)
+
+
+class RewardModel(nn.Module):
+    """
+    A Hugging Face sequence classification model, read at every position: the critic needs V(s_t)
+    for all t, the reward model the last. The saved folder is the inner model's, so that
+    AutoModelForSequenceClassification gives the same score.
+
+    normalise  values are (score - score_mean) / score_std, with the numbers that step 2 left in
+               config.json
+    """
+
+    def __init__(self, model, normalise=False):
+        super().__init__()
+        self.model = model
+        self.config = model.config
+        self.mean = 0.0
+        self.std = 1.0
+        if normalise:
+            self.mean = getattr(model.config, "score_mean", 0.0)
+            self.std = max(getattr(model.config, "score_std", 1.0), 1e-6)
+        self.trunk_arguments = set(inspect.signature(model.base_model.forward).parameters)
+
+    def forward(self, input_ids, attention_mask):
+        """(B, T), padded on either side or both -> values (B, T) float32, one a position."""
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if "position_ids" in self.trunk_arguments:
+            inputs["position_ids"] = position_ids(attention_mask)
+        hidden = self.model.base_model(**inputs)[0]
+        scores = self.model.score(hidden).squeeze(-1).float()
+        return (scores - self.mean) / self.std
+
+
+def position_ids(attention_mask):
+    """(B, T) mask -> (B, T) positions of real tokens from 0, so left padding changes nothing."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def last_token(values, attention_mask):
+    """values, mask (B, T) -> (B,): the value at each row's last real token, wherever padding is."""
+    columns = torch.arange(values.size(1), device=values.device)
+    last = (attention_mask * columns).argmax(-1)
+    return values.gather(1, last[:, None]).squeeze(1)
+
+
+def parameter_count(model):
+    # ds_numel, because ZeRO 3 leaves empty shells behind
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+# -----------------------------------------------------------------------------
+# in
+
+def load_language_model(name_or_path, tokenizer, ds_config, tokens, lora=None):
+    """-> LanguageModel, with adapters where `lora` (a config) has --lora_dim. See load_model."""
+    model = load_model(name_or_path, tokenizer, ds_config, tokens)
+    if lora is not None:
+        model = add_lora(model, lora)
+    print0(f"{name_or_path}: language model, {parameter_count(model) / 1e6:.1f}M parameters")
+    return LanguageModel(model)
+
+
+def load_reward_model(name_or_path, tokenizer, ds_config, tokens, new_head=False, normalise=False,
+                      lora=None):
+    """
+    -> RewardModel. See load_model.
+
+    new_head   the folder may hold a language model, which then gets a new head
+    normalise  see RewardModel
+    lora       a config: adapters where it has --lora_dim
+    """
+    model = load_model(name_or_path, tokenizer, ds_config, tokens, head="score",
+                       score_from_lm=new_head)
+    if lora is not None:
+        model = add_lora(model, lora)
+    print0(f"{name_or_path}: reward model, {parameter_count(model) / 1e6:.1f}M parameters")
+    return RewardModel(model, normalise)
+
+
+def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", score_from_lm=False):
+    """
+    A Hugging Face model in the compute dtype, all dropout off (see disable_dropout), its vocabulary
+    as large as the tokenizer's, its pad and EOS ids the tokenizer's.
+
+    name_or_path   folder, hub name, or `tiny`: random weights in the shape of configs/tiny.json
+    tokens         the longest sequence that it will see
+    head           "lm" (AutoModelForCausalLM) or "score" (AutoModelForSequenceClassification with
+                   one label)
+    score_from_lm  with "score": the folder may hold a language model, which then gets a new head
+    raises         UsageError for a folder or name that holds no such model, or too few positions
+    """
+    hf_config = read_config(name_or_path)
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions and tokens > positions:
+        raise UsageError(
+            f"{name_or_path} has {positions} positions and {tokens} tokens were asked for; lower "
+            "--max_seq_len, or --max_prompt_seq_len and --max_answer_seq_len, which are added up.")
+    disable_dropout(hf_config)
+    if head == "score":
+        hf_config.num_labels = 1
+
+    # While this object lives, transformers loads only this rank's share of the weights, so it is
+    # kept to the end of this function.
+    zero3 = None  # noqa: F841
+    if ds_config["zero_optimization"]["stage"] == 3:
+        zero3 = transformers.integrations.HfDeepSpeedConfig(ds_config)  # noqa: F841
+    model, missing = read_weights(name_or_path, hf_config, compute_dtype(ds_config), head,
+                                  len(tokenizer))
+
+    # A folder of another kind is known by the weights that it lacks.
+    random_weights = name_or_path == "tiny"
+    expected = ["score.weight"] if score_from_lm and not random_weights else []
+    if missing and missing != expected:
+        kind = "language model"
+        if head == "score":
+            kind = "reward model (a sequence classification model with one label)"
+        raise UsageError(f"{name_or_path} is no {kind}: its weights lack {', '.join(missing[:3])}"
+                         f"{' and more' * (len(missing) > 3)}.")
+    if head == "score" and (missing or random_weights):
+        initialise_head(model)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    set_special_tokens(model, tokenizer, head)
+    model.config.use_cache = False
+    return model
+
+
+def read_config(name_or_path):
+    """The Hugging Face config of a folder, a hub name or `tiny`."""
+    check_local_path(name_or_path)
+    source = CONFIGS / "tiny.json" if name_or_path == "tiny" else name_or_path
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{name_or_path}: not a model folder, and not found on the hub ({first_line(error)}). "
+            "A model folder holds config.json, weights (model.safetensors) and a tokenizer."
+        ) from error
+
+
+def read_weights(name_or_path, hf_config, dtype, head, vocabulary):
+    """-> (model, sorted names of the weights that the folder lacks)."""
+    auto = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
+    if name_or_path == "tiny":
+        hf_config.vocab_size = vocabulary
+        return auto.from_config(hf_config, dtype=dtype), []
+    try:
+        model, info = auto.from_pretrained(name_or_path, config=hf_config, dtype=dtype,
+                                           output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise UsageError(f"{name_or_path}: its weights could not be loaded "
+                         f"({first_line(error)}).") from error
+    # Asked for directly, because with tied embeddings a reward model lacks nothing.
+    if head == "lm" and "score.weight" in info["unexpected_keys"]:
+        raise UsageError(f"{name_or_path} is no language model: it holds a reward model's "
+                         "score.weight.")
+    return model, sorted(info["missing_keys"])
+
+
+def disable_dropout(hf_config):
+    """
+    Sets every dropout probability of a Hugging Face config to 0, because PPO compares the
+    log-probabilities of two passes, and noise in them makes the ratio differ from 1 before any
+    update. In the config and not in nn.Dropout modules, because OPT and BLOOM call dropout as a
+    function.
+    """
+    for name, value in hf_config.to_dict().items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if "drop" in name and is_number:
+            setattr(hf_config, name, 0.0)
+
+
+def initialise_head(model):
+    """N(0, 1 / (hidden + 1)) (Stiennon et al. 2020, appendix): first scores near unit scale."""
+    weight = model.score.weight
+    with deepspeed.zero.GatheredParameters(weight, modifier_rank=0):
+        nn.init.normal_(weight, std=1 / math.sqrt(weight.size(-1) + 1))
+
+
+def set_special_tokens(model, tokenizer, head):
+    """Pad and EOS of the tokenizer. A language model's own further EOS tokens end answers too."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    if head == "score":
+        return
+    generation = model.generation_config
+    ends = generation.eos_token_id
+    if ends is None:
+        ends = []
+    elif not isinstance(ends, list):
+        ends = [ends]
+    ends = sorted({tokenizer.eos_token_id, *ends})
+    generation.eos_token_id = ends if len(ends) > 1 else tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+
+
+# -----------------------------------------------------------------------------
+# out
+
+def save_model(engine, tokenizer, folder, averages=None):
+    """
+    A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer with
+    its chat template. LoRA is merged into the weights. Where the rest was frozen the adapter is
+    also saved by itself, in PEFT's format, in folder/adapter. Files are complete before they take
+    their names, so an interrupted save leaves the older model loadable.
+
+    averages  name -> tensor that stands in for the weight it averages (EMA)
+    Collective under ZeRO 3; rank 0 writes.
+    """
+    model = engine.module.model
+    state = whole_state(engine)
+    if averages:
+        # A tied head has no average of its own. Saved beside the embedding's average it would come
+        # loose from it, so it is left out.
+        all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied = all_names - dict(model.named_parameters()).keys()
+        state = {name: averages.get(name, tensor).to(tensor)
+                 for name, tensor in state.items() if name not in tied}
+    if dist.get_rank() == 0:
+        folder = Path(folder)
+        staging = folder / ".saving"
+        shutil.rmtree(staging, ignore_errors=True)
+        write_folder(model, tokenizer, state, staging)
+        replace_files(staging, folder)
+    dist.barrier()
+
+
+def whole_state(engine):
+    """State dict of the engine's Hugging Face model; under ZeRO 3 rank 0's, empty elsewhere."""
+    if engine.zero_optimization_stage() < 3:
+        return engine.module.model.state_dict()
+    whole = engine._zero3_consolidated_16bit_state_dict() or {}
+    return {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+
+
+def write_folder(model, tokenizer, state, folder):
+    adapters, state = split_lora_state(model, state)
+    model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=state)
+    model.config.use_cache = False
+    tokenizer.save_pretrained(folder)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    beside_adapters = trained - adapters.keys()
+    if adapters and beside_adapters <= {"score.weight"}:
+        head = {name: state[name] for name in beside_adapters}
+        save_adapter(adapters, head, model, folder / "adapter")
+
+
+def replace_files(staging, folder):
+    """Moves the new files into the folder and removes the older model's that they do not replace."""
+    new_files = sorted(staging.iterdir())
+    older_weights = set(folder.glob("model*.safetensors*")) - {folder / f.name for f in new_files}
+    shutil.rmtree(folder / "adapter", ignore_errors=True)  # an earlier run's
+    # config.json goes last, because without it the folder is not taken for a model.
+    new_files.sort(key=lambda file: file.name == "config.json")
+    for file in new_files:
+        os.replace(file, folder / file.name)
+    for file in older_weights:
+        file.unlink()
+    staging.rmdir()

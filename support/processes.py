@@ -1,0 +1,300 @@
+"""
+Processes: how a run starts and ends on one or many of them, what DeepSpeed is told, and the few
+collectives that the stages need.
+"""
+
+import atexit
+import itertools
+import json
+import logging
+import os
+import random
+import socket
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import deepspeed
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+
+from support.flags import UsageError, default_model_paths, exit_on_usage_error, parse_config
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+# -----------------------------------------------------------------------------
+# start and end of a stage
+
+def run_stage(main, config_class, doc):
+    """`main(config)` for the command line. What the user can mend ends with one sentence, code 2."""
+    with exit_on_usage_error():
+        config = parse_config(config_class, doc)
+        default_model_paths(config)
+        main(config)
+        if dist.is_initialized():
+            # All ranks end together, because one that exits early looks dead to `watch_hosts` of
+            # the others.
+            dist.barrier()
+            # After an error the group is left as it is, because NCCL would wait in here for ranks
+            # that are themselves waiting for this one.
+            dist.destroy_process_group()
+
+
+def setup(config):
+    """
+    Starts the process group (without a launcher: one process, world size 1), seeds, and prints
+    device, dtype and batch arithmetic. Returns the DeepSpeed settings (a dict, `ds_config`) with
+    which every model of the stage is initialised. A second call in one process only returns them.
+    """
+    ds_config = deepspeed_settings(config)
+    first_call = not dist.is_initialized()
+    if first_call:
+        start_processes()
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    world = dist.get_world_size()
+    rows = config.per_device_train_batch_size
+    parts = config.gradient_accumulation_steps
+    ds_config["train_batch_size"] = rows * parts * world
+    if first_call:
+        seed_everything(config.seed)
+        dtype = str(compute_dtype(ds_config)).removeprefix("torch.")
+        stage = ds_config["zero_optimization"]["stage"]
+        source = config.deepspeed_config or "the default for this hardware"
+        print0(f"device {device()} x {world}, {dtype} and ZeRO stage {stage} ({source}); "
+               f"batch {rows} a process x {parts} accumulated x {world} processes = "
+               f"{rows * parts * world} rows a step")
+    return ds_config
+
+
+def start_processes():
+    """Joins the launcher's process group, or makes one of a single process."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+    # Without a launcher this process is rank 0 of 1.
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+
+    # DeepSpeed's own all-reduce for CPUs is switched off, because it would be compiled at the first
+    # start, for most of a minute, and gloo does.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    # DeepSpeed compiles its offload optimizer with ninja, which lies beside this Python. Started
+    # over ssh, PATH does not name that folder.
+    os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+
+    # gloo is told which network leads to rank 0, because by itself it listens where the host's name
+    # leads, and many an /etc/hosts says that this is 127.0.0.1.
+    interfaces = {}
+    for name, entries in psutil.net_if_addrs().items():
+        for entry in entries:
+            interfaces[entry.address] = name
+    if host_address() in interfaces:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces[host_address()])
+
+    # An hour, because a large save takes longer than the default of ten minutes.
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
+    watch_hosts()
+
+
+def deepspeed_settings(config):
+    """
+    The DeepSpeed JSON as a dict, with the flags that stand over it filled in.
+
+    raises UsageError for a file that is missing or malformed, or a ZeRO stage that does not exist
+    """
+    plan_for_gpus = config.dry_run > 0
+    gpu = torch.cuda.is_available() or plan_for_gpus
+    path = config.deepspeed_config or CONFIGS / ("1gpu.json" if gpu else "cpu.json")
+    try:
+        ds_config = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UsageError(f"--deepspeed_config {path} cannot be read ({error.strerror}); {CONFIGS} "
+                         "has one for each kind of hardware.") from error
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--deepspeed_config {path}, line {error.lineno}: not JSON "
+                         f"({error.msg}).") from error
+    if (not isinstance(ds_config, dict)
+            or not isinstance(ds_config.setdefault("zero_optimization", {}), dict)):
+        raise UsageError(f"--deepspeed_config {path}: a JSON object is needed, in which "
+                         "zero_optimization, if it is there, is one too.")
+    zero = ds_config["zero_optimization"]
+    zero["stage"] = zero.get("stage", 0) if config.zero_stage == -1 else config.zero_stage
+    if zero["stage"] not in (0, 1, 2, 3):
+        raise UsageError(f"--zero_stage {zero['stage']}: ZeRO has the stages 0, 1, 2 and 3.")
+    ds_config.update(train_micro_batch_size_per_gpu=config.per_device_train_batch_size,
+                     gradient_accumulation_steps=config.gradient_accumulation_steps,
+                     steps_per_print=sys.maxsize)
+    return ds_config
+
+
+def compute_dtype(ds_config):
+    if ds_config.get("bf16", {}).get("enabled"):
+        return torch.bfloat16
+    if ds_config.get("fp16", {}).get("enabled"):
+        return torch.float16
+    return torch.float32
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# -----------------------------------------------------------------------------
+# one line, one number, one error for all ranks
+
+def device():
+    return torch.device(get_accelerator().current_device_name())
+
+
+def to_device(batch):
+    """A batch (dict) with its tensors on this rank's device."""
+    return {name: value.to(device()) if torch.is_tensor(value) else value
+            for name, value in batch.items()}
+
+
+def print0(*args, sep=" "):
+    """Prints on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*args, sep=sep, flush=True)
+
+
+def all_sum(*values):
+    """Sums numbers (or 0-dim tensors) over all ranks, in float64, one collective -> floats."""
+    total = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device())
+                         for value in values])
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def mean_over_ranks(numbers):
+    """Mean over the numbers of all ranks."""
+    total, count = all_sum(sum(numbers), len(numbers))
+    return total / max(count, 1)
+
+
+def on_rank0(function):
+    """function() of rank 0, on every rank; a UsageError there is raised on every rank."""
+    result = [None]
+    if dist.get_rank() == 0:
+        try:
+            result = [function()]
+        except UsageError as error:
+            result = [error]
+    dist.broadcast_object_list(result)
+    if isinstance(result[0], UsageError):
+        raise result[0]
+    return result[0]
+
+
+@contextmanager
+def on_any_rank():
+    """Inside is what each rank does for itself: a UsageError of one is raised on all of them."""
+    own_error = None
+    try:
+        yield
+    except UsageError as error:
+        own_error = error
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, own_error)
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+# -----------------------------------------------------------------------------
+# hosts that fall silent
+
+BEAT_SECONDS = 5
+SILENT_BEATS = 15  # a rank that is not heard for 75 s is lost
+
+
+def watch_hosts():
+    """
+    Ends this process, with a sentence that names the host, when a rank on another host falls silent.
+    A host that loses its power or its link closes no connection, so the others would wait in their
+    next collective for its timeout: an hour, which a long save or evaluation may need. On one host
+    nothing is watched, because there the launcher ends the others.
+
+    Two daemon threads do it. `talk` tells rank 0's store that this rank is alive and asks for the
+    others. A dead link can block `talk` for long, so the second thread, `judge`, does the counting.
+    It counts its own beats, not seconds, because a process that was itself suspended must not blame
+    the others. The main thread may compute, load or wait for as long as it releases the GIL.
+    """
+    rank = dist.get_rank()
+    world = dist.get_world_size()
+    # a socket of its own
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    keys = [f"heartbeat/{r}" for r in range(world)]
+    store.set(keys[rank], f"0 {socket.gethostname()} ({host_address()})")
+    heard = store.multi_get(keys)  # waits until all keys are there
+    ended = threading.Event()
+    hosts = [value.decode().split(" ", 1)[1] for value in heard]
+    if len(set(hosts)) == 1:
+        return
+
+    def talk():
+        try:
+            for beat in itertools.count(1):
+                store.set(keys[rank], f"{beat} {hosts[rank]}")
+                heard[:] = store.multi_get(keys)
+                if ended.wait(BEAT_SECONDS):
+                    return
+        except dist.DistError:
+            # Rank 0 is gone. `judge` waits before it says so, because the run may simply be done.
+            return
+
+    def judge():
+        before = list(heard)
+        silent = [0] * world  # beats
+        while not ended.wait(BEAT_SECONDS):
+            now = list(heard)
+            for r in range(world):
+                silent[r] = silent[r] + 1 if before[r] == now[r] else 0
+            before = now
+            lost = [r for r in range(world) if silent[r] >= SILENT_BEATS]
+            if not lost:
+                continue
+            if 0 in lost:
+                lost = [0]  # without rank 0's store nobody is heard
+            names = " and ".join(sorted({hosts[r] for r in lost}))
+            print(f"\n{Path(sys.argv[0]).name}: error: nothing heard for "
+                  f"{BEAT_SECONDS * SILENT_BEATS} s from rank {', '.join(map(str, lost))} on host "
+                  f"{names}: host, network or process is gone. This is rank {rank} on "
+                  f"{hosts[rank]}; it ends now.", file=sys.stderr, flush=True)
+            # os._exit, because the main thread waits in a collective that no exception reaches
+            os._exit(1)
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (talk, judge)]
+    for thread in threads:
+        thread.start()
+
+    def stop_watching():
+        ended.set()
+        threads[0].join(BEAT_SECONDS)  # it must not be inside the store when Python goes down
+
+    atexit.register(stop_watching)
+
+
+def host_address():
+    """The address of this host on the network that leads to rank 0's."""
+    master = socket.getaddrinfo(os.environ["MASTER_ADDR"], 1, type=socket.SOCK_DGRAM)[0]
+    family, kind, _, _, address = master
+    with socket.socket(family, kind) as probe:
+        probe.connect(address)  # of a datagram socket: chooses the route, sends nothing
+        return probe.getsockname()[0]

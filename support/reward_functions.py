@@ -1,0 +1,110 @@
+"""
+Rewards of one's own: Python functions with TRL's signature, named on the command line by
+`--reward_fn file.py:function`.
+"""
+
+import functools
+import importlib.util
+import inspect
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+
+from support.flags import UsageError
+from support.processes import on_any_rank
+
+
+@functools.cache
+def load_reward_function(name):
+    """
+    "file.py:function" -> RewardFunction; None for anything else, which is then a reward model.
+
+    raises UsageError for a file or function that is not there, or a file that cannot be imported
+    """
+    path, _, function = name.rpartition(":")
+    if name.endswith(".py"):
+        raise UsageError(f"--reward_fn {name}: the function is missing; {name}:function is the form.")
+    if not path.endswith(".py"):
+        return None
+    if not Path(path).is_file():
+        raise UsageError(f"--reward_fn {name}: the file {path} does not exist.")
+
+    # The file is imported as if it were run: its own imports are looked for beside it.
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.append(str(Path(path).resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        raise UsageError(f"--reward_fn {name}: importing {path} fails: {type(error).__name__}: "
+                         f"{error}.") from error
+    if not callable(getattr(module, function, None)):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise UsageError(f"--reward_fn {name}: {path} has no function {function}; it has "
+                         f"{', '.join(known) or 'none'}.")
+    return RewardFunction(name, getattr(module, function))
+
+
+class RewardFunction:
+    """A user's function(prompts, completions, **columns), called with records and answers."""
+
+    def __init__(self, name, function):
+        self.name = name
+        self.function = function
+
+    def __call__(self, records, answers):
+        """
+        Scores of answers (texts) to the prompts of records -> (B,) float32 on the CPU. Collective:
+        what one rank's function raises is raised on all ranks.
+
+        The function's arguments, a list of B each:
+        prompts, completions  texts where the data's `prompt` column holds text, else lists of
+                              messages
+        columns               the data's other columns; `chosen` and `rejected` always
+        raises                UsageError for another signature, an exception, or no B numbers
+        """
+        with on_any_rank():
+            return self._call(records, answers)
+
+    def _call(self, records, answers):
+        arguments = self._arguments(records, answers)
+        columns = ", ".join(name for name in arguments if name not in ("prompts", "completions"))
+        try:
+            inspect.signature(self.function).bind(**arguments)
+        except TypeError as error:
+            raise UsageError(
+                f"--reward_fn {self.name} must take (prompts, completions, **columns), and the "
+                f"data's columns are {columns}: {error}.") from error
+        try:
+            returned = self.function(**arguments)
+        except Exception as error:  # whatever a user's function raises
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise UsageError(
+                f"--reward_fn {self.name} failed in {place.filename}, line {place.lineno}: "
+                f"{type(error).__name__}: {error}. The columns it was given: {columns}.") from error
+        try:
+            scores = torch.tensor([float(score) for score in returned])
+        except (TypeError, ValueError):
+            scores = []
+        if len(scores) != len(answers):
+            raise UsageError(
+                f"--reward_fn {self.name} must return a list of {len(answers)} numbers, one an "
+                f"answer; {type(returned).__name__} {str(returned)[:100]} came.")
+        return scores
+
+    def _arguments(self, records, answers):
+        if all(isinstance(record.columns.get("prompt"), str) for record in records):
+            prompts = [record.columns["prompt"] for record in records]
+            completions = answers
+        else:
+            prompts = [record.prompt for record in records]
+            completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+        arguments = {"prompts": prompts, "completions": completions,
+                     "chosen": [record.chosen for record in records],
+                     "rejected": [record.rejected for record in records]}
+        names = {name for record in records for name in record.columns} - {"prompt"}
+        for name in sorted(names):
+            arguments[name] = [record.columns.get(name) for record in records]
+        return arguments

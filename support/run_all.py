@@ -1,0 +1,50 @@
+"""
+What run_all.sh needs Python for:
+
+    python -m support.run_all check step1_sft FLAGS -- step2_reward FLAGS -- step3_ppo FLAGS
+    python -m support.run_all table output/summary.json
+"""
+
+import importlib
+import json
+import sys
+from itertools import groupby
+
+from support.flags import exit_on_usage_error, parse_config
+
+
+def check(words):
+    """
+    Every stage's flags, and whether it can use the data, so that a wrong word of the last stage does
+    not show after the hours of the first.
+    """
+    from data import load_records
+
+    stages = [list(part) for is_end, part in groupby(words, lambda word: word == "--") if not is_end]
+    for number, (name, *flags) in enumerate(stages, 1):
+        sys.argv[0] = f"{name}.py"  # the errors speak of that script
+        stage = importlib.import_module(name)
+        with exit_on_usage_error():
+            config = parse_config(stage.Config, "", flags)
+            load_records(config, number, log=lambda sentence: None)
+
+
+def table(path):
+    """The headline numbers of a run."""
+    with open(path) as file:
+        summary = json.load(file)
+    about = f"{summary['model']} on {summary['hardware']}, seed {summary['seed']}"
+    print(f"\n{'stage':<8}{'seconds':>9}   held-out result        ({about})")
+    shown = {"sft": ("perplexity", "gold"), "reward": ("accuracy",), "ppo": ("score", "kl", "gold")}
+    for stage, names in shown.items():
+        results = [f"{name} {summary[stage][name]:.3f}" for name in names if name in summary[stage]]
+        print(f"{stage:<8}{summary[stage]['seconds']:>9.0f}   {'   '.join(results)}")
+    print(f"{'all':<8}{summary['seconds']:>9.0f}   (in the stages; launching and importing come on "
+          "top)")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "check":
+        check(sys.argv[2:])
+    else:
+        table(sys.argv[2])
