@@ -1,11 +1,14 @@
 """
-A conversation with a trained model, in the terminal; /reset starts over, /quit or the end of input leaves:
+A conversation with a trained model, in the terminal; /reset starts over, /quit or the end of input
+leaves:
 
     python chat.py --path output/actor
-    python chat.py --path output/actor --prompt "What is the opposite of hot?"     # one answer, for scripts
+    # one answer, for scripts
+    python chat.py --path output/actor --prompt "What is the opposite of hot?"
 
-The folder is a plain Hugging Face one: its chat template formats the conversation as it was trained on, transformers
-generates. When a conversation outgrows the model's positions, the oldest exchanges are forgotten, and that is said.
+The folder is a plain Hugging Face one: its chat template formats the conversation as it was trained
+on, transformers generates. When a conversation outgrows the model's positions, the oldest exchanges
+are forgotten, and that is said.
 """
 
 import sys
@@ -17,78 +20,92 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from data import load_tokenizer
-from support.flags import UsageError, exit_on_usage_error, first_line, flag, parse_config
+from support.flags import (CheckedConfig, UsageError, exit_on_usage_error, first_line, flag,
+                           parse_config)
 
 
 @dataclass
-class Config:
+class Config(CheckedConfig):
     path: str = flag("output/actor", "model folder or hub name")
     prompt: str = flag("", "answer this once and exit")
-    max_new_tokens: int = flag(256, "tokens an answer may have")
-    temperature: float = flag(0.0, "0 always takes the likeliest token")
-    top_p: float = flag(1.0, "nucleus sampling, with a temperature over 0")
+    max_new_tokens: int = flag(256, "tokens an answer may have", at_least=1)
+    temperature: float = flag(0.0, "0 always takes the likeliest token", at_least=0)
+    top_p: float = flag(1.0, "nucleus sampling, with a temperature over 0", over=0, at_most=1)
     seed: int = flag(1234, "of the sampling")
 
 
 def load(path):
     """Folder or hub name -> (tokenizer, model in eval mode on the GPU if there is one)."""
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto",
+                                                           output_loading_info=True)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise UsageError(f"--path {path}: no language model could be loaded ({first_line(error)}). "
                          "Train one with run_all.sh, or give a folder or hub name.") from error
     if info["missing_keys"] or "score.weight" in info["unexpected_keys"]:
-        raise UsageError(f"--path {path}: no language model but a reward model or critic; the actor is the one that "
-                         "talks.")
-    return load_tokenizer(path), model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        raise UsageError(f"--path {path}: no language model but a reward model or critic; the "
+                         "actor is the one that talks.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return load_tokenizer(path), model.to(device).eval()
 
 
 def encode(tokenizer, messages, room):
     """
-    Messages -> ids (1, P) with an open assistant's turn, exchanges dropped: the oldest ones, until P <= room.
+    Leaves out the oldest exchanges until the rest has at most `room` tokens.
 
-    raises UsageError where the last message alone is too long
+    returns  ids (1, P), which end where the assistant's turn begins; how many exchanges were left
+             out
+    raises   UsageError where the last message alone is too long
     """
     for dropped in range(0, len(messages), 2):
-        text = tokenizer.apply_chat_template(messages[dropped:], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(messages[dropped:], tokenize=False,
+                                             add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
         if ids.size(1) <= room:
             return ids, dropped // 2
-    raise UsageError(f"the message has {ids.size(1)} tokens; this model has room for {room} beside an answer of "
-                     "--max_new_tokens. Shorten one of them.")
+    raise UsageError(f"the message has {ids.size(1)} tokens; this model has room for {room} beside "
+                     "an answer of --max_new_tokens. Shorten one of them.")
 
 
 def main(config):
-    if config.temperature < 0 or not 0 < config.top_p <= 1 or config.max_new_tokens < 1:
-        raise UsageError("--temperature of 0 or more, --top_p over 0 and at most 1, and --max_new_tokens of at least 1 "
-                         "are needed.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer, model = load(config.path)
+
+    # The answer may take half of the model's positions, and the conversation has the rest.
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
-    config.max_new_tokens = min(config.max_new_tokens, positions // 2)
-    ends = model.generation_config.eos_token_id  # a list where several tokens end an answer
+    max_new_tokens = min(config.max_new_tokens, positions // 2)
+
+    # Generation is greedy, or drawn from the model's own distribution with nothing of the folder's
+    # defaults.
     sampling = {"do_sample": False}
     if config.temperature != 0:
-        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-    settings = GenerationConfig(max_new_tokens=config.max_new_tokens, eos_token_id=ends or tokenizer.eos_token_id,
-                                pad_token_id=tokenizer.pad_token_id, **sampling)
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p,
+                    "top_k": 0}
+    ends = model.generation_config.eos_token_id  # a list where several tokens end an answer
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=ends or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, **sampling)
 
     def answer(messages):
         """Streams the answer to standard output as it is made, and returns it."""
-        ids, dropped = encode(tokenizer, messages, positions - config.max_new_tokens)
+        ids, dropped = encode(tokenizer, messages, positions - max_new_tokens)
         if dropped:
-            print(f"(the model's {positions} positions are full: the oldest {dropped} exchange(s) are forgotten)",
-                  file=sys.stderr)
+            print(f"(the model's {positions} positions are full: the oldest {dropped} exchange(s) "
+                  "are forgotten)", file=sys.stderr)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = ids.to(model.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=streamer)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids),
+                             generation_config=generation, streamer=streamer)
         return tokenizer.decode(out[0, ids.size(1):], skip_special_tokens=True).strip()
 
+    # With --prompt there is one answer and no conversation.
     torch.manual_seed(config.seed)
     if config.prompt:
         answer([{"role": "user", "content": config.prompt}])
         return
+
+    # The conversation: `messages` grows by a question and its answer.
     print(f"{config.path}: {model.num_parameters() / 1e6:.1f}M parameters on {model.device}. "
           "/reset starts over, /quit leaves.")
     messages = []
@@ -104,16 +121,18 @@ def main(config):
             messages = []
             print("(a new conversation)")
         elif line:
+            # An answer that is stopped or impossible leaves no trace in the conversation.
             print("\nAssistant: ", end="", flush=True)
+            question = {"role": "user", "content": line}
             try:
-                reply = answer(messages + [{"role": "user", "content": line}])
+                reply = answer(messages + [question])
             except KeyboardInterrupt:  # stops this answer, not the conversation
                 print()
                 continue
             except UsageError as error:
                 print(error)
                 continue
-            messages += [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
+            messages += [question, {"role": "assistant", "content": reply}]
 
 
 if __name__ == "__main__":

@@ -3,19 +3,22 @@ Data: from files people have to the batches the three stages train on.
 
 Everything becomes one record first, then token ids, then a batch:
 
-    Preference(prompt, chosen, rejected)        text: what was asked, the better answer, the worse one (or None)
-    encode_answers -> prompt ids, answer ids    through the tokenizer's chat template; an answer ends with EOS
-    Collator -> a dict of tensors               padded to the longest row of the batch, never to --max_seq_len
+    Preference(prompt, chosen, rejected)         text: a question, its better and its worse answer
+    encode_answers -> prompt ids, answer ids     by the chat template; an answer ends with EOS
+    Collator -> a dict of tensors                padded to the longest row of the batch
 
-Which tokens are trained on is known by construction (the answer starts where the prompt ends) and never searched for.
+Which tokens are trained on is known by construction, because the answer starts where the prompt
+ends; it is never searched for.
 
-Sources (`--data_path`, one or more): `toy` (the built-in task, last section), a local .json, .jsonl, .csv or .parquet
-file (the first three .gz too), a folder with train and test files, or a dataset's hub name. Its columns decide how a
-row is read (`FORMS`); to add a form, write one small function and put it in that list. `--data_split 2,4,4` deals each
-source's rows to the three stages as DeepSpeed-Chat does, so no stage trains on another's rows; one question in ten is
+Sources (`--data_path`, one or more): `toy` (the built-in task, support/toy.py), a local .json,
+.jsonl, .csv or .parquet file (the first three .gz too), a folder with train and test files, or a
+dataset's hub name. A source's columns decide how its rows are read (`FORMS`); to add a form, write
+one small function and put it in that list. `--data_split 2,4,4` deals each source's rows to the
+three stages as DeepSpeed-Chat does, so no stage trains on another's rows; one question in ten is
 held out from all three.
 
-    python data.py --data_path toy                      # one example a stage, the trained tokens marked
+    # one example a stage, the trained tokens marked
+    python data.py --data_path toy
     python data.py --data_path my.jsonl --model_name_or_path facebook/opt-1.3b
 """
 
@@ -30,6 +33,7 @@ import os
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -39,34 +43,39 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usage_error, first_line, flag,
-                           parse_config)
+from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usage_error,
+                           first_line, flag, parse_config)
 from support.toy import gold_scorer, toy_rows, toy_tokenizer
 
 
 # -----------------------------------------------------------------------------
-# the record, and rows -> records: one small function a form, recognised by its columns
+# the record
 
 @dataclass
 class Preference:
-    prompt: list[dict]    # [{"role": "user", "content": "What is the opposite of hot?"}, ...], the last one the user's
-    chosen: str           # the better answer; the demonstration in SFT
+    prompt: list[dict]    # [{"role": "user", "content": "What is 1 + 1?"}], the last one the user's
+    chosen: str           # the better answer; in SFT the demonstration
     rejected: str | None  # the worse answer; None where the source has demonstrations only
-    columns: dict = field(default_factory=dict, compare=False)  # the row but for chosen and rejected: for --reward_fn
+    # the row's other columns, passed to --reward_fn functions
+    columns: dict = field(default_factory=dict, compare=False)
 
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
 
 
 def parse_dialogue(text):
     """
-    '\\n\\nHuman: hi\\n\\nAssistant: hello\\n\\nHuman: ...' -> messages; what stands before is the system's.
-    Text without markers is one user message.
+    '\\n\\nHuman: hi\\n\\nAssistant: hello\\n\\nHuman: ...' -> messages. Text before the first
+    marker is the system's message; text without markers is one message of the user.
     """
-    if HUMAN not in "\n\n" + text.lstrip():
+    text = "\n\n" + text.lstrip()
+    if HUMAN not in text:
         return [{"role": "user", "content": text.strip()}]
-    system, *turns = ("\n\n" + text.lstrip()).split(HUMAN)
-    messages = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    system, *turns = text.split(HUMAN)
+    messages = []
+    if system.strip():
+        messages.append({"role": "system", "content": system.strip()})
     for turn in turns:
         question, *answers = turn.split(ASSISTANT)
         messages.append({"role": "user", "content": question.strip()})
@@ -74,8 +83,11 @@ def parse_dialogue(text):
     return messages
 
 
-def as_prompt(value):
-    """A prompt column, text or messages -> messages that end with the user's; an open '\\n\\nAssistant:' is dropped."""
+def as_messages(value):
+    """
+    A prompt or a whole dialogue, text or messages -> messages. An open '\\n\\nAssistant:' at the
+    end is dropped, because the chat template writes it.
+    """
     messages = list(value) if isinstance(value, (list, tuple)) else parse_dialogue(value)
     if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
         messages = messages[:-1]
@@ -83,56 +95,76 @@ def as_prompt(value):
 
 
 def as_answer(value):
-    """An answer column, text or a one-message list -> text; None stays None."""
+    """An answer, text or a list of one message -> text; None stays None."""
     return value[-1]["content"] if isinstance(value, (list, tuple)) else value
 
 
+# -----------------------------------------------------------------------------
+# rows -> records: one small function a form, row -> Preference, or None where the row holds none
+
 def from_pair(row):
-    return Preference(as_prompt(row["prompt"]), as_answer(row["chosen"]), as_answer(row["rejected"]))
+    return Preference(
+        as_messages(row["prompt"]), as_answer(row["chosen"]), as_answer(row["rejected"]))
 
 
 def from_dialogues(row):
-    """HH-RLHF: two whole dialogues that share their beginning; the prompt is what they share up to the last answers."""
-    chosen, rejected = (as_prompt(row[key]) for key in ("chosen", "rejected"))
-    if (chosen[:-1] != rejected[:-1] or not chosen
-            or chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant"):
+    """HH-RLHF: two whole dialogues, which must be the same but for the last answer."""
+    chosen = as_messages(row["chosen"])
+    rejected = as_messages(row["rejected"])
+    if not chosen or chosen[:-1] != rejected[:-1]:
+        return None
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
         return None
     return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
 def from_instruction(row):
-    """Alpaca: instruction and optional input, with an output or with a chosen and a rejected one."""
-    prompt = row["instruction"] + ("\n\n" + row["input"] if row.get("input") else "")
+    """Alpaca: instruction and optional input; an output, or a chosen and a rejected one."""
+    extra = "\n\n" + row["input"] if row.get("input") else ""
+    prompt = as_messages(row["instruction"] + extra)
     chosen = row["chosen"] if row.get("chosen") is not None else row["output"]
-    return Preference(as_prompt(prompt), chosen, row.get("rejected"))
+    return Preference(prompt, chosen, row.get("rejected"))
 
 
 def from_messages(row):
-    if not row["messages"] or row["messages"][-1]["role"] != "assistant":
+    messages = row["messages"]
+    if not messages or messages[-1]["role"] != "assistant":
         return None
-    return Preference(list(row["messages"][:-1]), row["messages"][-1]["content"], None)
+    return Preference(list(messages[:-1]), messages[-1]["content"], None)
 
 
 def from_webgpt(row):
     """openai/webgpt_comparisons: two scored answers; ties teach nothing."""
-    first, second = float(row["score_0"]), float(row["score_1"])  # a .csv holds text
-    if first == second:
+    prompt = as_messages(row["question"]["full_text"])
+    first_score = float(row["score_0"])  # float, because a .csv holds text
+    second_score = float(row["score_1"])
+    if first_score == second_score:
         return None
-    answers = (row["answer_0"], row["answer_1"]) if first > second else (row["answer_1"], row["answer_0"])
-    return Preference(as_prompt(row["question"]["full_text"]), *answers)
+    if first_score > second_score:
+        return Preference(prompt, row["answer_0"], row["answer_1"])
+    return Preference(prompt, row["answer_1"], row["answer_0"])
 
 
 def from_shp(row):
     """stanfordnlp/SHP: labels is 1 where answer A was preferred."""
-    better, worse = ("human_ref_A", "human_ref_B") if int(row["labels"]) == 1 else ("human_ref_B", "human_ref_A")
-    return Preference(as_prompt(row["history"]), row[better], row[worse])
+    prompt = as_messages(row["history"])
+    if int(row["labels"]) == 1:
+        return Preference(prompt, row["human_ref_A"], row["human_ref_B"])
+    return Preference(prompt, row["human_ref_B"], row["human_ref_A"])
 
 
-def from_columns(prompt, answer):
-    return lambda row: Preference(as_prompt(row[prompt]), as_answer(row[answer]), None)
+def from_columns(prompt, answer, row):
+    """Demonstrations alone; prompt and answer are the names of the columns that hold them."""
+    return Preference(as_messages(row[prompt]), as_answer(row[answer]), None)
 
 
-FORMS = [  # the first form whose columns most rows have reads the source
+def from_prompt(row):
+    """A prompt alone, which is enough for PPO."""
+    return Preference(as_messages(row["prompt"]), "", None)
+
+
+# A source is read by the first form whose columns more than half of its rows have.
+FORMS = [
     (("prompt", "chosen", "rejected"), from_pair),
     (("instruction", "chosen", "rejected"), from_instruction),
     (("chosen", "rejected"), from_dialogues),
@@ -140,37 +172,56 @@ FORMS = [  # the first form whose columns most rows have reads the source
     (("history", "human_ref_A", "human_ref_B", "labels"), from_shp),
     (("instruction", "output"), from_instruction),
     (("messages",), from_messages),
-    (("prompt", "response"), from_columns("prompt", "response")),
-    (("prompt", "completion"), from_columns("prompt", "completion")),
-    (("question", "answer"), from_columns("question", "answer")),
-    (("prompt",), lambda row: Preference(as_prompt(row["prompt"]), "", None)),  # PPO needs no answers
+    (("prompt", "response"), partial(from_columns, "prompt", "response")),
+    (("prompt", "completion"), partial(from_columns, "prompt", "completion")),
+    (("question", "answer"), partial(from_columns, "question", "answer")),
+    (("prompt",), from_prompt),
 ]
+
+
+def choose_form(rows, source):
+    """Rows (dicts of one source) -> the function of FORMS that reads them."""
+    # Rows may have different columns, because .jsonl writers omit nulls.
+    columns_of_rows = Counter(frozenset(row) for row in rows)
+    for needed, form in FORMS:
+        count = sum(n for columns, n in columns_of_rows.items() if columns.issuperset(needed))
+        if count > len(rows) / 2:
+            return form
+    came = ", ".join(sorted(set().union(*columns_of_rows)))
+    accepted = "; ".join(", ".join(needed) for needed, _ in FORMS)
+    raise UsageError(f"{source} has the columns {came}. One of these sets is needed: {accepted}. "
+                     "Rename its columns, or add a form to FORMS in data.py.")
+
+
+def convert(row, form):
+    """A row -> its record; None where the user does not speak last or both answers are the same."""
+    record = form(row)
+    if record is None:
+        return None
+    # A message without role or text raises here, where the row's number is known.
+    prompt = [(message["role"], message["content"].strip()) for message in record.prompt]
+    record.chosen = "" if record.chosen is None else record.chosen.strip()
+    record.rejected = None if record.rejected is None else record.rejected.strip()
+    if not prompt or prompt[-1][0] != "user" or record.chosen == record.rejected:
+        return None
+    record.columns = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
+    return record
 
 
 def to_records(rows, source):
     """Rows (dicts of one source) -> (records, number of rows that hold no usable example)."""
-    there = Counter(map(frozenset, rows))  # a .jsonl file may leave out what is null
-    columns = set().union(*there)
-    form = next((function for needed, function in FORMS
-                 if sum(n for names, n in there.items() if names.issuperset(needed)) > len(rows) / 2), None)
-    if form is None:
-        accepted = "; ".join(", ".join(needed) for needed, _ in FORMS)
-        raise UsageError(f"{source} has the columns {', '.join(sorted(columns))}. One of these sets is needed: "
-                         f"{accepted}. Rename its columns, or add a form to FORMS in data.py.")
-    records, blank = [], dict.fromkeys(columns)
+    form = choose_form(rows, source)
+    blank = dict.fromkeys(set().union(*rows))  # a column that a row leaves out is None there
+    records = []
     for number, row in enumerate(rows, 1):
         row = blank | row
         try:
-            record = form(row)
-            texts = [(message["role"], message["content"].strip()) for message in record.prompt] if record else []
-            if record:
-                record.chosen = "" if record.chosen is None else record.chosen.strip()
-                record.rejected = None if record.rejected is None else record.rejected.strip()
+            record = convert(row, form)
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise UsageError(f"{source}, row {number}: text is needed there, or a list of messages, each with role and "
-                             f"content; {str(row)[:300]} came.") from error
-        if texts and texts[-1][0] == "user" and record.chosen != record.rejected:
-            record.columns = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+            raise UsageError(f"{source}, row {number}: text is needed there, or a list of "
+                             "messages, each with role and content; "
+                             f"{str(row)[:300]} came.") from error
+        if record:
             records.append(record)
     return records, len(rows) - len(records)
 
@@ -179,77 +230,115 @@ def to_records(rows, source):
 # sources -> rows
 
 def read_text(path):
+    opener = gzip.open if path.endswith(".gz") else open
     try:
-        opener = gzip.open if path.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig") as file:  # -sig: Windows writes a mark in front
+        # -sig, because Windows writes a mark in front
+        with opener(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
 
-def read_file(path):
-    """A local file -> list of rows. JSON errors name the line."""
-    suffix = Path(path.removesuffix(".gz")).suffix
-    if suffix == ".parquet":
-        import pyarrow.parquet
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
-    if suffix not in (".json", ".jsonl", ".csv"):
-        raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first three .gz too).")
-    text = read_text(path)
-    if suffix == ".csv":
-        csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is less than a long dialogue
-        rows = list(csv.DictReader(io.StringIO(text)))
-        if long := [number for number, row in enumerate(rows, 1) if None in row]:
-            raise UsageError(f"{path}, row {long[0]} has more fields than the header; text that holds commas needs "
-                             "quotes around it.")
-        return rows
+def read_parquet(path):
+    import pyarrow.parquet
     try:
-        if text.lstrip().startswith("["):
-            rows, offset = json.loads(text), 0
-        else:
-            rows = []
-            for offset, line in enumerate(text.split("\n")):  # not splitlines: JSON strings may hold U+2028
-                if line.strip():
-                    rows.append(json.loads(line))
-    except json.JSONDecodeError as error:
-        line = error.lineno if text.lstrip().startswith("[") else offset + error.lineno
-        raise UsageError(f"{path}, line {line}: not JSON ({error.msg}). A .json or .jsonl file holds one object a "
-                         "line, or one list of objects.") from error
-    if rows and not all(isinstance(row, dict) for row in rows):
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def read_csv(path):
+    text = read_text(path)
+    # The default limit of a field, 131,072 characters, is less than a long dialogue.
+    csv.field_size_limit(2**31 - 1)
+    rows = list(csv.DictReader(io.StringIO(text)))
+    for number, row in enumerate(rows, 1):
+        if None in row:  # DictReader's key of fields beyond the header's
+            raise UsageError(f"{path}, row {number} has more fields than the header; text that "
+                             "holds commas needs quotes around it.")
+    return rows
+
+
+def read_json(path):
+    """.json and .jsonl alike: one list of objects, or one object a line."""
+    text = read_text(path)
+    is_list = text.lstrip().startswith("[")
+    # not splitlines(), because JSON strings may hold U+2028, which it takes for a line's end
+    parts = [text] if is_list else text.split("\n")
+    rows = []
+    for lines_before, part in enumerate(parts):
+        if not part.strip():
+            continue
+        try:
+            value = json.loads(part)
+        except json.JSONDecodeError as error:
+            line = lines_before + error.lineno
+            raise UsageError(f"{path}, line {line}: not JSON ({error.msg}). A .json or .jsonl file "
+                             "holds one object a line, or one list of objects.") from error
+        rows += value if is_list else [value]
+    if not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"{path}: every row must be a JSON object, {type(rows[0]).__name__} came.")
     return rows
 
 
+def read_file(path):
+    """A local file -> list of rows, each a dict."""
+    suffix = Path(path.removesuffix(".gz")).suffix
+    if suffix == ".parquet":
+        return read_parquet(path)
+    if suffix == ".csv":
+        return read_csv(path)
+    if suffix in (".json", ".jsonl"):
+        return read_json(path)
+    raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first "
+                     "three .gz too).")
+
+
+def read_folder(folder):
+    """-> (rows of the files named train*, rows of those named test*, eval* or valid*, or None)."""
+    train = []
+    test = []
+    for rows, starts in ((train, "train"), (test, ("test", "eval", "valid"))):
+        for path in sorted(Path(folder).iterdir()):
+            if path.name.startswith(starts):
+                rows.extend(read_file(str(path)))
+    if not train:
+        raise UsageError(f"{folder}: a folder needs files whose names start with train (and, "
+                         "optionally, test): train.jsonl, test.jsonl. Or name the files "
+                         "themselves.")
+    return train, test or None
+
+
+def read_dataset(name):
+    """A hub name, or a folder of datasets' save_to_disk -> (rows, test rows or None)."""
+    from datasets import load_dataset, load_from_disk
+    try:
+        dataset = load_from_disk(name) if os.path.isdir(name) else load_dataset(name)
+    except Exception as error:  # of any kind, because the hub's client raises many
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UsageError(f"{name} is neither a local file or folder nor a dataset that could be "
+                         f"fetched from the hub ({reason}).") from error
+    if "train" not in dataset:
+        raise UsageError(f"{name} has no split named train, only {', '.join(dataset)}.")
+    for split in ("test", "validation", "eval"):
+        if split in dataset:
+            return dataset["train"].to_list(), dataset[split].to_list()
+    return dataset["train"].to_list(), None
+
+
 def read_source(source):
-    """--data_path entry -> (training rows, held-out rows or None where the source has no test split)."""
+    """--data_path entry -> (rows, test rows, or None where the source has no test split)."""
     if source == "toy":
         return toy_rows(), None
     if os.path.isfile(source):
         return read_file(source), None
     if os.path.isdir(source) and not os.path.exists(os.path.join(source, "dataset_dict.json")):
-        parts = {}
-        for name, starts in (("train", "train"), ("test", ("test", "eval", "valid"))):
-            files = sorted(str(f) for f in Path(source).iterdir() if f.name.startswith(starts))
-            parts[name] = [row for file in files for row in read_file(file)]
-        if not parts["train"]:
-            raise UsageError(f"{source}: a folder needs files whose names start with train (and, optionally, test): "
-                             "train.jsonl, test.jsonl. Or name the files themselves.")
-        return parts["train"], parts["test"] or None
-    if source.startswith((".", "/", "~")) or source.endswith((".json", ".jsonl", ".gz", ".csv", ".parquet")):
-        raise UsageError(f"{source} does not exist. --data_path takes toy, a file, a folder or a dataset's hub name.")
-    from datasets import load_dataset, load_from_disk
-    try:
-        dataset = load_from_disk(source) if os.path.isdir(source) else load_dataset(source)
-    except Exception as error:
-        raise UsageError(f"{source} is neither a local file or folder nor a dataset that could be fetched from the "
-                         f"hub ({type(error).__name__}: {str(error)[:200]}).") from error
-    if "train" not in dataset:
-        raise UsageError(f"{source} has no split named train, only {', '.join(dataset)}.")
-    test = next((dataset[name] for name in ("test", "validation", "eval") if name in dataset), None)
-    return dataset["train"].to_list(), test.to_list() if test is not None else None
+        return read_folder(source)
+    endings = (".json", ".jsonl", ".gz", ".csv", ".parquet")
+    if source.startswith((".", "/", "~")) or source.endswith(endings):
+        raise UsageError(f"{source} does not exist. --data_path takes toy, a file, a folder or a "
+                         "dataset's hub name.")
+    return read_dataset(source)
 
 
 # -----------------------------------------------------------------------------
@@ -257,112 +346,177 @@ def read_source(source):
 
 def questions(record):
     """
-    All that the user asked in a record's prompt; the last one is what is answered. A row may say in its column
-    `hold_out_as` what counts as the same question (the toy's rows leave out their openers: "Hello! What is 1 + 1?" is
-    no other question than "What is 1 + 1?").
+    All questions that the user asks in a record's prompt, as texts; the last one is to be answered.
+
+    A row's column `hold_out_as`, a list of texts, stands for them where it has one, so that rows
+    which ask the same in other words are held out together: the toy's rows leave out their openers
+    there, because "Hello! What is 1 + 1?" is no other question than "What is 1 + 1?".
     """
     asked = [message["content"] for message in record.prompt if message["role"] == "user"]
-    return record.columns.get("hold_out_as", asked)
+    return record.columns.get("hold_out_as") or asked
+
+
+def final_question(record):
+    return questions(record)[-1]
+
+
+def without_held_questions(records, held_questions):
+    """The records in whose dialogues no held-out question is asked, not even in an earlier turn."""
+    return [record for record in records if held_questions.isdisjoint(questions(record))]
 
 
 def hold_out(records, seed, share=0.1):
     """
-    (training, held-out) records for a source without a test split. Questions are held out, not rows: no question that
-    a held-out record ends with occurs in a training record, be it earlier in the dialogue. Which ones depends on their
-    text and the seed alone, so it is the same on every rank and host.
+    (training, held-out) records for a source without test rows. Questions are held out, not rows: a
+    held-out record ends with a question that no training record asks. Which questions depends on
+    their text and the seed alone, so all ranks and hosts choose the same.
     """
-    order = sorted({questions(r)[-1] for r in records}, key=lambda q: (zlib.crc32(f"{seed} {q}".encode()), q))
-    held = set(order[:max(1, round(share * len(order)))])
-    return [r for r in records if held.isdisjoint(questions(r))], [r for r in records if questions(r)[-1] in held]
+    def random_place(question):  # by a hash, because a generator would depend on the rows' order
+        return zlib.crc32(f"{seed} {question}".encode()), question
+
+    order = sorted({final_question(record) for record in records}, key=random_place)
+    count = max(1, round(share * len(order)))
+    held_questions = set(order[:count])
+    held = [record for record in records if final_question(record) in held_questions]
+    return without_held_questions(records, held_questions), held
 
 
 def split_indices(n, data_split, stage, seed):
     """
-    Row numbers that belong to `stage` (1, 2 or 3) out of n, as DeepSpeed-Chat deals them (get_raw_dataset_split_index):
-    shares are normalised, each part is rounded, the first absorbs what rounding leaves; one seeded permutation is cut
-    at the bounds. The parts are disjoint, complete, and depend on n, data_split and seed only.
+    Row numbers that belong to `stage` (1, 2 or 3) out of n, as DeepSpeed-Chat deals them
+    (get_raw_dataset_split_index): shares are normalised, each part is rounded, the first absorbs
+    what rounding leaves; one seeded permutation is cut at the bounds. The parts are disjoint,
+    complete, and depend on n, data_split and seed only.
     """
     try:
         shares = np.array([float(share) for share in data_split.split(",")])
     except ValueError:
         shares = np.array([])
     if shares.size != 3 or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() == 0:
-        raise UsageError(f"--data_split {data_split}: three numbers like 2,4,4 are needed, one a stage, none "
-                         "negative, not all 0.")
-    bounds = np.concatenate([[0], np.cumsum(np.round(shares / shares.sum() * n).astype(int))])
+        raise UsageError(f"--data_split {data_split}: three numbers like 2,4,4 are needed, one a "
+                         "stage, none negative, not all 0.")
+    sizes = np.round(shares / shares.sum() * n).astype(int)
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
     bounds[1:] -= bounds[-1] - n
-    bounds = bounds.clip(0)  # "0,5,5" of 103: 52 + 52 is one too many, and the first part has none to give
+    # "0,5,5" of 103 rows: 52 + 52 is one too many, and the first part has none to give.
+    bounds = bounds.clip(0)
     order = np.random.RandomState(seed).permutation(n)
     return order[bounds[stage - 1]:bounds[stage]]
 
 
+STAGE_NEEDS = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}
+
+
+def is_usable(record, stage):
+    """Whether a record has what STAGE_NEEDS says."""
+    has_chosen = bool(record.chosen)
+    has_rejected = bool(record.rejected)
+    return {1: has_chosen, 2: has_chosen and has_rejected, 3: True}[stage]
+
+
+def check_source(source, rows, records, stage):
+    """Raises UsageError where a source by itself has too few usable records for a stage."""
+    usable = [record for record in records if is_usable(record, stage)]
+    if len({final_question(record) for record in usable}) >= 2:
+        return
+    if usable:
+        way_out = ("two that end with different questions are needed at least, since one in ten "
+                   "is held out.")
+    elif stage == 2 and any(record.chosen for record in records):
+        way_out = "--data_split 1,0,0 gives all rows to SFT, where demonstrations alone are enough."
+    else:
+        way_out = (f"its columns are {', '.join(rows[0])}, and a row counts if its prompt ends "
+                   "with a user's message and its answers, where it has two, differ.")
+    raise UsageError(f"{source}: {len(usable)} of {len(rows)} rows have {STAGE_NEEDS[stage]}, "
+                     f"which this stage needs; {way_out}")
+
+
+def share_of_stage(records, config, stage, weight):
+    """A source's training records -> a stage's, `weight` times: 2.5 is twice, and then half."""
+    # Split first, filter afterwards: a row belongs to the same stage whichever stage asks.
+    dealt = split_indices(len(records), config.data_split, stage, config.seed)
+    share = [records[i] for i in dealt if is_usable(records[i], stage)]
+    whole_copies = int(weight)
+    rest = round((weight - whole_copies) * len(share))
+    return whole_copies * share + share[:rest]
+
+
+def source_weights(config):
+    weights = config.data_weights or [1.0] * len(config.data_path)
+    valid = all(0 <= weight < math.inf for weight in weights)
+    if len(weights) != len(config.data_path) or not valid or not any(weights):
+        raise UsageError(f"--data_weights {' '.join(map(str, weights))} for "
+                         f"{len(config.data_path)} source(s): one number >= 0 a source is needed, "
+                         "not all 0.")
+    return weights
+
+
 def load_records(config, stage, log=print):
     """
-    (training, held-out) lists of Preference for a stage: 1 SFT, 2 reward model, 3 PPO. The held-out rows are the same
-    in all stages, and none of them trains on these (DeepSpeed-Chat deals those out too, for no reason we could find).
+    (training, held-out) lists of Preference for a stage: 1 SFT, 2 reward model, 3 PPO. All stages
+    hold out the same rows and train on none of them. (DeepSpeed-Chat splits the test rows between
+    the stages too; we found no reason to.)
 
-    raises UsageError for a source that is missing, malformed, empty or without the columns the stage needs
+    raises UsageError for a source that is missing, malformed, empty or without the columns the
+    stage needs
     """
-    weights = config.data_weights or [1.0] * len(config.data_path)
-    if len(weights) != len(config.data_path) or not all(0 <= w < math.inf for w in weights) or not any(weights):
-        raise UsageError(f"--data_weights {' '.join(map(str, weights))} for {len(config.data_path)} source(s): one "
-                         "number >= 0 a source is needed, not all 0.")
-    usable = {1: lambda r: bool(r.chosen), 2: lambda r: bool(r.chosen and r.rejected), 3: lambda r: True}[stage]
-    needs = {1: "a prompt and an answer", 2: "a chosen and a rejected answer", 3: "a prompt"}[stage]
-    train, held, held_questions = [], [], set()
-    for source, weight in zip(config.data_path, weights):
+    train = []
+    held = []
+    held_questions = set()
+    for source, weight in zip(config.data_path, source_weights(config)):
         rows, test_rows = read_source(source)
         if not rows:
             raise UsageError(f"{source} is empty: it holds no rows to train on.")
         records, _ = to_records(rows, source)
-        able = sum(map(usable, records))
-        if len({questions(r)[-1] for r in records if usable(r)}) < 2 and len(config.data_path) == 1:
-            if able:
-                way_out = "two that end with different questions are needed at least, since one in ten is held out."
-            elif stage == 2 and any(r.chosen for r in records):
-                way_out = "--data_split 1,0,0 gives all rows to SFT, where demonstrations alone are enough."
-            else:
-                way_out = (f"its columns are {', '.join(rows[0])}, and a row counts if its prompt ends with a user's "
-                           "message and its answers, where it has two, differ.")
-            raise UsageError(f"{source}: {able} of {len(rows)} rows have {needs}, which this stage needs; {way_out}")
-        # all rows are dealt, then those that the stage cannot use go: which rows are whose must not depend on the stage
+        usable_count = sum(is_usable(record, stage) for record in records)
+        if len(config.data_path) == 1:
+            check_source(source, rows, records, stage)
+
+        # What is held out: the source's own test rows, or one question in ten.
         if test_rows:
-            test = to_records(test_rows, source)[0]
+            to_deal = records
+            test_records, _ = to_records(test_rows, source)
         else:
-            usable_rows = len(records)
-            records, test = hold_out(records, config.seed)
-            if left_out := usable_rows - len(records) - len(test):
-                log(f"data: {left_out} rows left out, in which a held-out question was asked earlier")
-        dealt = split_indices(len(records), config.data_split, stage, config.seed)
-        mine = [records[i] for i in dealt if usable(records[i])]
-        copies = int(weight) * mine + mine[:round((weight - int(weight)) * len(mine))]
-        train += copies
-        held += filter(usable, test)
-        held_questions |= {questions(r)[-1] for r in test}
-        log(f"data: {source}: {len(rows)} rows, {len(rows) - able} without a usable example, {len(test)} held out, "
-            f"{len(copies)} for stage {stage}")
-    overlap = [r for r in train if not held_questions.isdisjoint(questions(r))]
-    if overlap:  # two sources, or a train and a test file, that share questions
-        train = [r for r in train if held_questions.isdisjoint(questions(r))]
-        log(f"data: {len(overlap)} rows left out, whose questions another source holds out")
+            to_deal, test_records = hold_out(records, config.seed)
+            left_out = len(records) - len(to_deal) - len(test_records)
+            if left_out:
+                log(f"data: {left_out} rows left out, in which a held-out question was asked "
+                    "earlier")
+
+        # What this stage reads of both.
+        share = share_of_stage(to_deal, config, stage, weight)
+        train += share
+        held += [record for record in test_records if is_usable(record, stage)]
+        held_questions |= {final_question(record) for record in test_records}
+        log(f"data: {source}: {len(rows)} rows, {len(rows) - usable_count} without a usable "
+            f"example, {len(test_records)} held out, {len(share)} for stage {stage}")
+
+    # Two sources, or a train and a test file, may share questions, which are then held out of all.
+    dealt_count = len(train)
+    train = without_held_questions(train, held_questions)
+    if len(train) < dealt_count:
+        log(f"data: {dealt_count - len(train)} rows left out, whose questions another source holds "
+            "out")
     if not held:
-        raise UsageError(f"{', '.join(config.data_path)}: none of the held-out rows has {needs}, which this stage is "
-                         "tested on.")
+        raise UsageError(f"{', '.join(config.data_path)}: none of the held-out rows has "
+                         f"{STAGE_NEEDS[stage]}, which this stage is tested on.")
     if not train:
         raise UsageError(f"--data_split {config.data_split} leaves no rows for stage {stage} of "
-                         f"{', '.join(config.data_path)}; give that stage a larger share, or more rows.")
+                         f"{', '.join(config.data_path)}; give that stage a larger share, or more "
+                         "rows.")
+    # Two generators, so that the order of `held` is the same in all stages, whatever they train on.
     np.random.RandomState(config.seed).shuffle(train)
-    np.random.RandomState(config.seed).shuffle(held)  # by itself: the same rows are evaluated in all stages
+    np.random.RandomState(config.seed).shuffle(held)
     return train, held[:config.max_eval_samples]
 
 
 # -----------------------------------------------------------------------------
-# tokenizer, chat template, encoding
+# tokenizer and chat template
 
-# The form of InstructGPT's descendants (HH-RLHF, DeepSpeed-Chat) as a chat template, so that any server that reads the
-# saved folder formats a conversation as it was trained on.
+# The form of InstructGPT's descendants (HH-RLHF, DeepSpeed-Chat) as a chat template, so that any
+# server that reads the saved folder formats a conversation as it was trained on.
 CHAT_TEMPLATE = (
-    "{{ bos }}{% for message in messages %}"
+    "{% for message in messages %}"
     "{% if message.role == 'assistant' %}{{ '\\n\\nAssistant: ' + message.content + eos_token }}"
     "{% elif message.role == 'system' %}{{ message.content }}"
     "{% else %}{{ '\\n\\nHuman: ' + message.content }}{% endif %}"
@@ -371,162 +525,258 @@ CHAT_TEMPLATE = (
 
 def load_tokenizer(name_or_path, chat_template=""):
     """
-    The tokenizer of a model folder, hub name or the preset `tiny`, left as it is but for three things: a pad token that
-    is not EOS (so that "the last token that is not padding" is well defined for everybody who loads the model); a chat
-    template where it has none or `chat_template` gives one; and EOS is the special token that ends an answer in this
-    template, if one does (Gemma's <end_of_turn>), so that answers are trained, sampled and scored up to the same token.
+    The tokenizer of a model folder, hub name or the preset `tiny`, as it is but for three things:
+
+    pad token      is not EOS, so that "the last token that is not padding" is well defined for
+                   everybody who loads the model
+    chat template  `chat_template` (Jinja text or a file), else its own, else CHAT_TEMPLATE
+    EOS            is the special token that ends an answer in this template, if one does (Gemma's
+                   <end_of_turn>), so that training, sampling and scoring end at the same token
     """
     if name_or_path == "tiny":
-        tokenizer = copy.deepcopy(toy_tokenizer())  # that one is cached; its template may differ from call to call
+        tokenizer = copy.deepcopy(toy_tokenizer())  # a copy, because the cached one must not change
     else:
         check_local_path(name_or_path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
             raise UsageError(f"{name_or_path}: no tokenizer could be loaded ({first_line(error)}). "
-                             "A model folder needs its tokenizer files (tokenizer.json, or tokenizer.model) "
-                             "beside config.json.") from error
+                             "A model folder needs its tokenizer files (tokenizer.json, or "
+                             "tokenizer.model) beside config.json.") from error
+
+    # Answers must be able to end, and padding must not look like their end.
     if tokenizer.eos_token is None:
-        raise UsageError(f"{name_or_path}: its tokenizer has no EOS token; set eos_token in tokenizer_config.json.")
+        raise UsageError(f"{name_or_path}: its tokenizer has no EOS token; set eos_token in "
+                         "tokenizer_config.json.")
     if tokenizer.pad_token is None or tokenizer.pad_token == tokenizer.eos_token:
         if tokenizer.unk_token is not None and tokenizer.unk_token != tokenizer.eos_token:
             tokenizer.pad_token = tokenizer.unk_token
         else:
             tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+
+    # The template that is given, or its own, or ours.
     if chat_template:
-        tokenizer.chat_template = Path(chat_template).read_text() if os.path.isfile(chat_template) else chat_template
+        is_file = os.path.isfile(chat_template)
+        tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
         if "{" not in tokenizer.chat_template:
-            raise UsageError(f"--chat_template {chat_template} is neither a file that exists nor Jinja text.")
+            raise UsageError(f"--chat_template {chat_template} is neither a file that exists nor "
+                             "Jinja text.")
     elif tokenizer.chat_template is None:
-        begins = tokenizer("a").input_ids[0] == tokenizer.bos_token_id  # OPT and LLaMA start every text with BOS
-        tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ bos }}", "{{ bos_token }}" if begins else "")
-    answer = render(tokenizer, [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]])[0]
-    last = tokenizer(answer.rstrip(), add_special_tokens=False).input_ids[-1]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    if last in special - {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(last)
+        # OPT and LLaMA start every text with BOS, which the template must then write.
+        starts_with_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + CHAT_TEMPLATE
+
+    # Some templates end an answer with a special token that is not the tokenizer's EOS.
+    end = end_of_turn(tokenizer)
+    if end is not None:
+        tokenizer.eos_token = end
     return tokenizer
 
 
-def render(tokenizer, dialogues, open_answer=False):
-    """List of message lists -> texts by the chat template; open_answer: with the words that open the next answer."""
-    try:
-        return tokenizer.apply_chat_template(dialogues, tokenize=False, add_generation_prompt=open_answer)
-    except jinja2.TemplateError as error:
-        raise UsageError(f"the chat template cannot render a dialogue: {error}. Give another by --chat_template, "
-                         "or leave out what it refuses (system messages, say, or two answers in a row).") from error
+def end_of_turn(tokenizer):
+    """
+    The special token that the chat template writes after an answer, or None where it writes none:
+    a short dialogue is rendered, and its last token is looked at.
+    """
+    dialogue = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    text, = render(tokenizer, [dialogue])
+    last_id = tokenizer(text.rstrip(), add_special_tokens=False).input_ids[-1]
+    special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special_ids -= {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    return tokenizer.convert_ids_to_tokens(last_id) if last_id in special_ids else None
 
+
+def render(tokenizer, dialogues, open_answer=False):
+    """Message lists -> texts by the template; open_answer: with the words that open an answer."""
+    try:
+        return tokenizer.apply_chat_template(dialogues, tokenize=False,
+                                             add_generation_prompt=open_answer)
+    except jinja2.TemplateError as error:
+        raise UsageError(f"the chat template cannot render a dialogue: {error}. Give another by "
+                         "--chat_template, or leave out what it refuses (system messages, say, or "
+                         "two answers in a row).") from error
+
+
+# -----------------------------------------------------------------------------
+# records -> token ids, and back
 
 def encode_prompts(tokenizer, prompts):
-    """List of message lists -> (texts, ids), each up to and including the words that open the assistant's turn."""
+    """List of message lists -> (texts, ids), each with the words that open the assistant's turn."""
     texts = render(tokenizer, prompts, open_answer=True)
     return texts, tokenizer(texts, add_special_tokens=False).input_ids
 
 
 def encode_answers(tokenizer, prompts, answers):
     """
-    Lists of message lists and of answer texts -> list of (prompt ids, answer ids). An answer ends with EOS. A prompt is
-    tokenised as it will be at generation, by itself: its ids are what the model sees before it answers, even where
-    prompt and answer would merge at their seam.
+    Lists of message lists and of answer texts -> list of (prompt ids, answer ids). An answer ends
+    with EOS. A prompt is tokenised as it will be at generation, by itself: its ids are what the
+    model sees before it answers, even where prompt and answer would merge at their seam.
     """
-    dialogues = [prompt + [{"role": "assistant", "content": answer}] for prompt, answer in zip(prompts, answers)]
-    prompt_texts, prompt_ids = encode_prompts(tokenizer, prompts)
+    dialogues = [prompt + [{"role": "assistant", "content": answer}]
+                 for prompt, answer in zip(prompts, answers)]
+    prompt_texts, all_prompt_ids = encode_prompts(tokenizer, prompts)
     full_texts = render(tokenizer, dialogues)
-    if not all(full_text.startswith(prompt_text) for full_text, prompt_text in zip(full_texts, prompt_texts)):
-        raise UsageError("the chat template does not continue its own generation prompt: an answer's text must begin "
-                         "where add_generation_prompt=True ends. Give another with --chat_template.")
-    # some templates write a line's end after the answer's; a blank answer leaves the prompt's own
-    full_texts = [prompt + text[len(prompt):].rstrip() for text, prompt in zip(full_texts, prompt_texts)]
-    full_ids = tokenizer(full_texts, add_special_tokens=False).input_ids
+
+    # Behind the prompt's text stands the answer's, without the line's end that some templates write
+    # after it. The prompt keeps its own.
+    answer_texts = []
+    for prompt_text, full_text in zip(prompt_texts, full_texts):
+        if not full_text.startswith(prompt_text):
+            raise UsageError("the chat template does not continue its own generation prompt: an "
+                             "answer's text must begin where add_generation_prompt=True ends. Give "
+                             "another with --chat_template.")
+        answer_texts.append(full_text[len(prompt_text):].rstrip())
+    full_texts = [prompt + answer for prompt, answer in zip(prompt_texts, answer_texts)]
+    all_full_ids = tokenizer(full_texts, add_special_tokens=False).input_ids
+
+    # Behind the prompt's ids stand the answer's, unless a token lies across the seam.
     encoded = []
-    for prompt_text, prompt, full_text, full in zip(prompt_texts, prompt_ids, full_texts, full_ids):
-        if full[:len(prompt)] == prompt:
-            response = full[len(prompt):]
+    for prompt_ids, full_ids, answer_text in zip(all_prompt_ids, all_full_ids, answer_texts):
+        if full_ids[:len(prompt_ids)] == prompt_ids:
+            answer_ids = full_ids[len(prompt_ids):]
         else:
-            response = tokenizer(full_text[len(prompt_text):], add_special_tokens=False).input_ids
-        if not response or response[-1] != tokenizer.eos_token_id:
-            response = response + [tokenizer.eos_token_id]
-        encoded.append((prompt, response))
+            answer_ids = tokenizer(answer_text, add_special_tokens=False).input_ids
+        if not answer_ids or answer_ids[-1] != tokenizer.eos_token_id:
+            answer_ids = answer_ids + [tokenizer.eos_token_id]
+        encoded.append((prompt_ids, answer_ids))
     return encoded
+
+
+def sft_items(records, tokenizer):
+    """Stage 1: prompt + chosen answer + EOS."""
+    prompts = [record.prompt for record in records]
+    encoded = encode_answers(tokenizer, prompts, [record.chosen for record in records])
+    return [{"input_ids": prompt + answer, "prompt_len": len(prompt)} for prompt, answer in encoded]
+
+
+def pair_items(records, tokenizer):
+    """Stage 2: prompt + answer + EOS, for both answers."""
+    prompts = [record.prompt for record in records]
+    chosen = encode_answers(tokenizer, prompts, [record.chosen for record in records])
+    rejected = encode_answers(tokenizer, prompts, [record.rejected for record in records])
+    return [{"chosen": prompt + better, "rejected": prompt + worse, "prompt_len": len(prompt)}
+            for (prompt, better), (_, worse) in zip(chosen, rejected)]
+
+
+def prompt_items(records, tokenizer):
+    """Stage 3: the prompt alone, and the record that the reward functions read."""
+    _, all_ids = encode_prompts(tokenizer, [record.prompt for record in records])
+    return [{"input_ids": ids, "record": record} for ids, record in zip(all_ids, records)]
+
+
+def sequences_of(item):
+    """{name: ids} of an item of any stage."""
+    return {name: item[name] for name in ("input_ids", "chosen", "rejected") if name in item}
+
+
+def longest_sequence(item):
+    return max(len(ids) for ids in sequences_of(item).values())
 
 
 def encode_records(records, tokenizer, stage, max_len, log=print):
     """
     Records -> list of items, dicts whose ids are int32 arrays, 4 bytes a token:
 
-    stage 1  input_ids, prompt_len    prompt + chosen + EOS
-    stage 2  chosen, rejected         prompt + answer + EOS each; prompt_len
-    stage 3  input_ids, record        the prompt alone
+    stage 1  input_ids, prompt_len          prompt + chosen + EOS
+    stage 2  chosen, rejected, prompt_len   prompt + answer + EOS each
+    stage 3  input_ids, record              the prompt alone
 
-    Answers that do not fit max_len are cut (and lose their EOS: what was cut does not end there); prompts that leave no
-    room for an answer, or are longer than max_len in stage 3, are dropped. Both are counted and said.
+    Answers that do not fit max_len are cut (and get no EOS, since the real answer went on). Prompts
+    that leave no room for an answer, or are longer than max_len in stage 3, are dropped. Both are
+    counted and said.
 
     raises UsageError if nothing is left
     """
-    items, cut = [], 0
-    for start in tqdm(range(0, len(records), 1000), desc=f"encoding for stage {stage}, thousands of rows",
-                      disable=len(records) < 50_000):
-        chunk = records[start:start + 1000]
-        prompts = [record.prompt for record in chunk]
-        if stage == 3:
-            encoded = [({"input_ids": ids}, {"record": record}, len(ids) <= max_len)
-                       for record, ids in zip(chunk, encode_prompts(tokenizer, prompts)[1])]
-        else:
-            answers = {"input_ids" if stage == 1 else "chosen": [record.chosen for record in chunk]}
-            if stage == 2:
-                answers["rejected"] = [record.rejected for record in chunk]
-            columns = [encode_answers(tokenizer, prompts, texts) for texts in answers.values()]
-            encoded = [({name: prompt + answer for name, (prompt, answer) in zip(answers, row)},
-                        {"prompt_len": len(row[0][0])}, len(row[0][0]) < max_len) for row in zip(*columns)]
-        for sequences, others, fits in encoded:
-            if fits:
-                cut += any(len(ids) > max_len for ids in sequences.values())
-                items.append({name: np.array(ids[:max_len], np.int32) for name, ids in sequences.items()} | others)
-    limit, dropped = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len", len(records) - len(items)
-    log(f"data: {len(items)} examples encoded; {dropped} dropped (prompt over {limit} {max_len}), {cut} with answers "
-        "cut to fit")
+    make_items = {1: sft_items, 2: pair_items, 3: prompt_items}[stage]
+    items = []
+    cut = 0
+    # In thousands, because ids in Python's lists take nine times the memory of the arrays.
+    for start in tqdm(range(0, len(records), 1000), disable=len(records) < 50_000,
+                      desc=f"encoding for stage {stage}, thousands of rows"):
+        for item in make_items(records[start:start + 1000], tokenizer):
+            # Before training there must be room for one token of the answer; PPO's answers are not
+            # part of the item.
+            needed = item["prompt_len"] + 1 if stage < 3 else len(item["input_ids"])
+            if needed > max_len:
+                continue
+            cut += longest_sequence(item) > max_len
+            for name, ids in sequences_of(item).items():
+                item[name] = np.array(ids[:max_len], np.int32)
+            items.append(item)
+    limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
+    dropped = len(records) - len(items)
+    log(f"data: {len(items)} examples encoded; {dropped} dropped (prompt over {limit} {max_len}), "
+        f"{cut} with answers cut to fit")
     if not items:
-        raise UsageError(f"all {dropped} prompts are longer than {limit} {max_len} allows; raise it, or shorten the "
-                         "prompts.")
+        raise UsageError(f"all {dropped} prompts are longer than {limit} {max_len} allows; raise "
+                         "it, or shorten the prompts.")
     return items
+
+
+def document_ids(source, tokenizer):
+    """
+    A source of plain text -> ids of its documents end to end, EOS after each. A document is a .txt
+    file (.gz too), or a row of another source: its column `text` if it has one, else the dialogue
+    with its better answer.
+    """
+    if source.removesuffix(".gz").endswith(".txt"):
+        rows = [{"text": read_text(source)}]
+    else:
+        rows, _ = read_source(source)
+    ids = []
+    if rows and "text" in rows[0]:
+        texts = [row["text"] for row in rows]
+        for document in tokenizer(texts, add_special_tokens=False).input_ids:
+            ids += document + [tokenizer.eos_token_id]
+    elif rows:
+        records, _ = to_records(rows, source)
+        for item in sft_items([record for record in records if record.chosen], tokenizer):
+            ids += item["input_ids"]
+    return ids
 
 
 def encode_text(sources, tokenizer, length, log=print):
     """
-    Plain text for PPO's mixture term -> list of items of stage 1, `length` tokens each, all of them trained: documents
-    end to end with EOS between them, cut into chunks. A document is a .txt file (.gz too), or a row of another source:
-    its column `text` if it has one, else the dialogue with its better answer.
+    Plain text for PPO's mixture term -> list of items of stage 1, `length` tokens each, all of them
+    trained: the documents of all sources end to end, cut into chunks.
     """
     ids = []
     for source in sources:
-        plain = source.removesuffix(".gz").endswith(".txt")
-        rows = [{"text": read_text(source)}] if plain else read_source(source)[0]
-        if rows and "text" in rows[0]:
-            for document in tokenizer([row["text"] for row in rows], add_special_tokens=False).input_ids:
-                ids += document + [tokenizer.eos_token_id]
-        elif rows:
-            records = [record for record in to_records(rows, source)[0] if record.chosen]
-            for prompt, answer in encode_answers(tokenizer, [r.prompt for r in records], [r.chosen for r in records]):
-                ids += prompt + answer
-    chunks = np.array(ids[:len(ids) // length * length], np.int32).reshape(-1, length)
-    log(f"data: {', '.join(sources)}: {len(ids)} tokens of text in {len(chunks)} chunks of {length}")
-    if len(chunks) == 0:
-        raise UsageError(f"{', '.join(sources)}: {len(ids)} tokens of text do not fill one chunk of --max_seq_len "
-                         f"{length}; give more text, or lower it.")
+        ids += document_ids(source, tokenizer)
+    count = len(ids) // length
+    chunks = np.array(ids[:count * length], np.int32).reshape(count, length)
+    log(f"data: {', '.join(sources)}: {len(ids)} tokens of text in {count} chunks of {length}")
+    if count == 0:
+        raise UsageError(f"{', '.join(sources)}: {len(ids)} tokens of text do not fill one chunk "
+                         f"of --max_seq_len {length}; give more text, or lower it.")
     return [{"input_ids": chunk, "prompt_len": 0} for chunk in chunks]
+
+
+def decode_answers(tokenizer, rollout):
+    """Rollout (or PPO's Experience) -> texts of its answers, without padding and special tokens."""
+    mask = rollout.mask.cpu().bool()
+    responses = rollout.tokens[:, -mask.size(1):].cpu()
+    return [tokenizer.decode(ids[real], skip_special_tokens=True).strip()
+            for ids, real in zip(responses, mask)]
 
 
 # -----------------------------------------------------------------------------
 # batches
 
 def pad(sequences, value, side):
-    """Lists or arrays of ids -> ids, padded with `value`, and mask, 1 on what is real: (N, T) int64, T the longest."""
+    """
+    Lists or arrays of ids -> (ids, padded with `value`; mask, 1 on real tokens), both (N, T) int64,
+    T the longest sequence's length. side: of the padding, "left" or "right".
+    """
+    N = len(sequences)
     T = max(len(sequence) for sequence in sequences)
-    ids, mask = torch.full((len(sequences), T), value), torch.zeros(len(sequences), T, dtype=torch.int64)
+    ids = torch.full((N, T), value)
+    mask = torch.zeros(N, T, dtype=torch.int64)
     for row, sequence in enumerate(sequences):
-        where = slice(0, len(sequence)) if side == "right" else slice(T - len(sequence), T)
-        ids[row, where] = torch.as_tensor(np.asarray(sequence), dtype=torch.int64)
-        mask[row, where] = 1
+        length = len(sequence)
+        real = slice(0, length) if side == "right" else slice(T - length, T)
+        ids[row, real] = torch.as_tensor(np.asarray(sequence), dtype=torch.int64)
+        mask[row, real] = 1
     return ids, mask
 
 
@@ -536,101 +786,121 @@ class Collator:
 
     stage 1  input_ids, attention_mask   (B, T) int64, right-padded
              loss_mask                   (B, T) float32, 1 on trained tokens
-    stage 2  input_ids, attention_mask   (2B, T) int64, right-padded: B chosen, then their B rejected
+    stage 2  input_ids, attention_mask   (2B, T) int64, right-padded: B chosen, their B rejected
              loss_mask                   (2B, T) float32, 1 on the answers' tokens
-    stage 3  input_ids, attention_mask   (B, P) int64, left-padded: the answers start in the same column
+    stage 3  input_ids, attention_mask   (B, P) int64, left-padded: answers start in the same column
              records                     a list of B
     """
 
     def __init__(self, stage, pad_token_id, train_on_prompt=False):
-        self.stage, self.pad_token_id, self.train_on_prompt = stage, pad_token_id, train_on_prompt
+        self.stage = stage
+        self.pad_token_id = pad_token_id
+        self.train_on_prompt = train_on_prompt
 
     def __call__(self, items):
-        if self.stage == 2:
-            sequences = [item["chosen"] for item in items] + [item["rejected"] for item in items]
-        else:
-            sequences = [item["input_ids"] for item in items]
-        ids, mask = pad(sequences, self.pad_token_id, "left" if self.stage == 3 else "right")
-        batch = {"input_ids": ids, "attention_mask": mask}
-        if self.stage < 3:
-            starts = torch.tensor([0 if self.train_on_prompt else item["prompt_len"] for item in items] * self.stage)
-            batch["loss_mask"] = (mask * (torch.arange(ids.size(1)) >= starts[:, None])).float()
         if self.stage == 3:
-            batch["records"] = [item["record"] for item in items]
-        return batch
+            ids, mask = pad([item["input_ids"] for item in items], self.pad_token_id, "left")
+            records = [item["record"] for item in items]
+            return {"input_ids": ids, "attention_mask": mask, "records": records}
+
+        prompt_lens = [item["prompt_len"] for item in items]
+        if self.stage == 1:
+            rows = [item["input_ids"] for item in items]
+        else:
+            rows = [item["chosen"] for item in items] + [item["rejected"] for item in items]
+            prompt_lens = prompt_lens + prompt_lens  # the rejected rows have the same prompts
+        ids, mask = pad(rows, self.pad_token_id, "right")
+        loss_mask = mask.float()
+        if not self.train_on_prompt:
+            columns = torch.arange(ids.size(1))
+            loss_mask[columns < torch.tensor(prompt_lens)[:, None]] = 0
+        return {"input_ids": ids, "attention_mask": mask, "loss_mask": loss_mask}
+
+
+class MicroBatches:
+    """
+    Collates the rows of one optimizer step into `parts` micro-batches of similar length, so that
+    short rows are not padded to the length of long ones. The step's gradient stays the same,
+    because it is normalised over the step and not over each micro-batch.
+    """
+
+    def __init__(self, collate, parts):
+        self.collate = collate
+        self.parts = parts
+
+    def __call__(self, items):
+        items = sorted(items, key=longest_sequence)
+        size = len(items) // self.parts
+        return [self.collate(items[i * size:(i + 1) * size]) for i in range(self.parts)]
 
 
 def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, shuffle=True,
                     size_flags="--per_device_train_batch_size or --gradient_accumulation_steps"):
     """
-    Every rank gets its share of the same seeded order; the last incomplete batch is dropped when training. The k-th
-    batches of all ranks together are the same rows for any number of ranks. Call `.sampler.set_epoch` each epoch.
+    Every rank gets its share of the same seeded order; the last incomplete batch is dropped when
+    training. The k-th batches of all ranks together are the same rows for any number of ranks. Call
+    `.sampler.set_epoch` each epoch.
     """
     if shuffle and len(dataset) < batch_size * world_size:
-        raise UsageError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on {world_size} "
-                         f"process(es); lower {size_flags}, or give more data.")
-    sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed, drop_last=shuffle)
+        raise UsageError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on "
+                         f"{world_size} process(es); lower {size_flags}, or give more data.")
+    sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed,
+                                 drop_last=shuffle)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=shuffle)
 
 
-class MicroBatches:
-    """
-    Collates the rows of one optimizer step into `parts` micro-batches of similar length: short rows are not padded to
-    the length of long ones, and the step's gradient is the same, since it is normalised over the step and not over each
-    micro-batch.
-    """
-
-    def __init__(self, collate, parts):
-        self.collate, self.parts = collate, parts
-
-    def __call__(self, items):
-        items = sorted(items, key=lambda item: max(len(ids) for ids in item.values() if isinstance(ids, np.ndarray)))
-        size = len(items) // self.parts
-        return [self.collate(items[i * size:(i + 1) * size]) for i in range(self.parts)]
-
-
 def rank_share(items, rank, world_size):
-    """Every world_size-th item, equally many on every rank (collectives must match), wrapping around at the end."""
+    """Every world_size-th item; wraps around, because collectives need equally many a rank."""
     share = math.ceil(len(items) / world_size)
     return [items[(rank + i * world_size) % len(items)] for i in range(share)]
 
 
 def count_steps(dataloader, epochs, max_steps=-1):
-    """Steps of a run: max_steps if positive (the data is then repeated as needed), else what `epochs` passes hold."""
+    """Steps of a run: max_steps if positive (data repeats as needed), else those of `epochs`."""
     return max_steps if max_steps > 0 else len(dataloader) * epochs
 
 
 def training_steps(dataloader, total_steps, done=0):
     """
-    Yields (step, batch) for the steps after `done` up to total_steps, with an order of its own for every epoch. The
-    order depends on seed and epoch alone, so a resumed run goes on with the batch it would have had.
+    Yields (step, batch) for the steps after `done` up to total_steps, with an order of its own for
+    every epoch. The order depends on seed and epoch alone, so a resumed run goes on with the batch
+    it would have had.
     """
     step = done
     while step < total_steps:
         epoch, skipped = divmod(step, len(dataloader))
         dataloader.sampler.set_epoch(epoch)
-        for rows in itertools.islice(dataloader.batch_sampler, skipped, skipped + total_steps - step):
+        # The DataLoader itself is not iterated, because a resumed run starts in the middle of an
+        # epoch: row numbers can be skipped here without collating their rows.
+        end = skipped + total_steps - step
+        for row_numbers in itertools.islice(dataloader.batch_sampler, skipped, end):
             step += 1
-            yield step, dataloader.collate_fn([dataloader.dataset[row] for row in rows])
+            items = [dataloader.dataset[number] for number in row_numbers]
+            yield step, dataloader.collate_fn(items)
 
+
+# -----------------------------------------------------------------------------
+# what a stage reads
 
 @dataclass
 class StageData:
-    """What a stage reads: see load_stage_data."""
-    train_loader: DataLoader   # its batches are lists of micro-batches in stages 1 and 2, prompts in stage 3
-    held_loader: DataLoader    # one batch at a time, nothing shuffled
-    held_records: list         # of Preference
-    total_steps: int           # of the run
-    scorer: object             # f(record, answer) -> exact mark in [0, 1] where the task has one, else None
+    """What a stage reads; the loaders are this rank's."""
+    train_loader: DataLoader  # of lists of micro-batches in stages 1 and 2, of batches in stage 3
+    held_loader: DataLoader   # of batches, in a fixed order
+    held_records: list        # the held-out Preferences
+    total_steps: int          # of the run
+    scorer: object            # f(record, answer) -> exact mark in [0, 1]; None if there is none
 
 
 def load_stage_data(config, stage, tokenizer, rank, world, log=print):
-    """--data_path and the flags about lengths and batches -> StageData of this rank, for a stage: 1, 2 or 3."""
+    """--data_path and the flags about lengths and batches -> StageData of a stage: 1, 2 or 3."""
     max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
     train_records, held_records = load_records(config, stage, log)
     train_set = encode_records(train_records, tokenizer, stage, max_len, log)
     held_set = encode_records(held_records, tokenizer, stage, max_len, log)
-    collate = Collator(stage, tokenizer.pad_token_id, getattr(config, "train_on_prompt", False))
+
+    train_on_prompt = getattr(config, "train_on_prompt", False)  # a flag of stage 1 alone
+    collate = Collator(stage, tokenizer.pad_token_id, train_on_prompt)
     if stage == 3:
         rows = config.per_device_generation_batch_size
         train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world,
@@ -638,7 +908,8 @@ def load_stage_data(config, stage, tokenizer, rank, world, log=print):
     else:
         rows = config.per_device_train_batch_size
         parts = config.gradient_accumulation_steps
-        train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts, config.seed, rank, world)
+        train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts,
+                                       config.seed, rank, world)
     held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
     return StageData(train_loader, held_loader, held_records, total_steps, gold_scorer(config))
@@ -646,63 +917,67 @@ def load_stage_data(config, stage, tokenizer, rank, world, log=print):
 
 def load_text_batches(config, tokenizer, steps, done, rank, world, log=print):
     """
-    --unsupervised_data_path -> iterator of one list of micro-batches for each of `steps` optimizer steps of PPO, those
-    after the first `done`. An optimizer step has one chunk of text for each of its answers.
+    --unsupervised_data_path -> iterator of one list of micro-batches for each of `steps` optimizer
+    steps of PPO, those after the first `done`. An optimizer step has one chunk of text for each of
+    its answers.
     """
     parts = config.gradient_accumulation_steps
     rows = config.per_device_train_batch_size * parts
     chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len, log)
     if len(chunks) < rows * world:
-        raise UsageError(f"--unsupervised_data_path: {len(chunks)} chunks of --max_seq_len {config.max_seq_len} "
-                         f"tokens do not fill one optimizer step of {rows * world}; lower --max_seq_len, or give more "
-                         "text.")
+        raise UsageError(f"--unsupervised_data_path: {len(chunks)} chunks of --max_seq_len "
+                         f"{config.max_seq_len} tokens do not fill one optimizer step of "
+                         f"{rows * world}; lower --max_seq_len, or give more text.")
     collate = MicroBatches(Collator(1, tokenizer.pad_token_id), parts)
     loader = make_dataloader(chunks, collate, rows, config.seed, rank, world)
     return (batches for _, batches in training_steps(loader, steps, done))
 
 
-def decode_answers(tokenizer, rollout):
-    """Rollout -> list of texts: the response tokens that its mask marks, special tokens left out."""
-    responses = rollout.tokens[:, -rollout.mask.size(1):]
-    return [tokenizer.decode(ids[mask.bool()], skip_special_tokens=True).strip()
-            for ids, mask in zip(responses.cpu(), rollout.mask.cpu())]
-
-
 # -----------------------------------------------------------------------------
 # python data.py: what the stages will see
 
-def main():
-    @dataclass
-    class Config(DataConfig):
-        model_name_or_path: str = flag("tiny", "whose tokenizer to use")
+@dataclass
+class Config(DataConfig):
+    model_name_or_path: str = flag("tiny", "whose tokenizer to use")
 
+
+def show(item, stage, tokenizer):
+    """Prints an item of a stage as text, with what is trained on in [[ ]]."""
+    if stage == 1:
+        ids = item["input_ids"]
+        start = item["prompt_len"]
+        print(f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:])}]]")
+        print(f"({len(ids)} tokens, {len(ids) - start} trained)")
+    elif stage == 2:
+        for name, ids in sequences_of(item).items():
+            before = tokenizer.decode(ids[:-1])
+            last = tokenizer.decode(ids[-1:])
+            print(f"{name}: {before}[[{last}]]  (scored at its last token)")
+    else:
+        print(f"{tokenizer.decode(item['input_ids'])}[[the policy's own answer]]")
+
+
+def main():
     config = parse_config(Config, __doc__)
-    tokenizer, errors = load_tokenizer(config.model_name_or_path, config.chat_template), []
+    tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
+    errors = []
     for stage, name in ((1, "SFT"), (2, "reward model"), (3, "PPO")):
+        # Data that one stage cannot use may serve another.
         try:
             records, held = load_records(config, stage)
         except UsageError as error:
             errors.append(error)
-            if len(errors) == 3:  # the data are of no use to any
+            if len(errors) == 3:
                 raise errors[0]
             print(f"\n=== stage {stage}, {name}: {error}")
             continue
-        longest = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
-        dataset = encode_records(records[:1000], tokenizer, stage, longest)
-        item = dataset[0]
-        of = f" of the first {len(records[:1000])}" if len(records) > 1000 else ""
-        print(f"\n=== stage {stage}, {name}: {len(dataset)}{of} rows to train on, {len(held)} held out. "
-              "The first, [[trained on]]:")
-        if stage == 1:
-            ids, start = item["input_ids"], item["prompt_len"]
-            print(f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:])}]]")
-            print(f"({len(ids)} tokens, {len(ids) - start} trained)")
-        elif stage == 2:
-            for key in ("chosen", "rejected"):
-                before, last = tokenizer.decode(item[key][:-1]), tokenizer.decode(item[key][-1:])
-                print(f"{key}: {before}[[{last}]]  (scored at its last token)")
-        else:
-            print(f"{tokenizer.decode(item['input_ids'])}[[the policy's own answer]]")
+
+        max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
+        items = encode_records(records[:1000], tokenizer, stage, max_len)
+        of_how_many = " of the first 1000" if len(records) > 1000 else ""
+        print(f"\n=== stage {stage}, {name}: {len(items)}{of_how_many} rows to train on, "
+              f"{len(held)} held out. The first, [[trained on]]:")
+        show(items[0], stage, tokenizer)
 
 
 if __name__ == "__main__":

@@ -202,11 +202,12 @@ class InferenceEngine:
     """
     Generates with the weights of `model`, a Hugging Face causal LM, as they are at each call.
 
-    tp_group    process group whose ranks split heads and MLP columns, and generate for the union of
-                their prompts
+    tp_size     neighbouring ranks that split heads and MLP columns, and generate for the union of
+                their prompts; with more than 1 all ranks make their engine together
     compact     drop finished rows once they are a quarter of the batch; off: they keep decoding and
                 are ignored
-    pack        on a CPU, copy the weights into oneDNN's layout for the rollout; off: aliases, slower
+    pack        on a CPU, copy the weights into oneDNN's layout for the rollout; off: aliases, which
+                are slower
     keep_cache  the KV cache stays allocated between rollouts of one shape
     sync_every  steps between two looks at who is done, each of which waits for the device; None: 1
                 on a CPU, 8 on a GPU
@@ -215,10 +216,10 @@ class InferenceEngine:
     row_steps   after a rollout: rows decoded, summed over its steps
     """
 
-    def __init__(self, model, tp_group=None, compact=True, pack=True, keep_cache=False,
+    def __init__(self, model, tp_size=1, compact=True, pack=True, keep_cache=False,
                  sync_every=None):
         self.model = model
-        self.tp_group = tp_group
+        self.tp_group = tensor_parallel_group(tp_size)
         self.compact = compact
         self.pack = pack
         self.keep_cache = keep_cache
@@ -244,8 +245,8 @@ class InferenceEngine:
         raises                     ValueError for other padding, or more tokens than the model has
                                    positions; FloatingPointError for logits that are no numbers
 
-        The ranks of a tp_group call this together, each with its own prompts (any B and P), the
-        other arguments equal (rank 0's seed holds), and each gets its own rows back.
+        The ranks that share a model (tp_size) call this together, each with its own prompts (any B
+        and P), the other arguments equal (rank 0's seed holds), and each gets its own rows back.
         """
         eos = [] if eos_token_id is None else eos_token_id
         eos = torch.tensor(eos, device=input_ids.device).long().view(-1)
@@ -391,7 +392,8 @@ class InferenceEngine:
 
     def _measure(self, decoder):
         trained = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        self.memory = {"weights aliased": 0, "weights copied": 0, "kv cache": self.cache.data.nbytes}
+        cache_bytes = self.cache.data.nbytes
+        self.memory = {"weights aliased": 0, "weights copied": 0, "kv cache": cache_bytes}
         for tensor in decoder.held:
             aliased = not tensor.is_mkldnn and tensor.untyped_storage().data_ptr() in trained
             part = "weights aliased" if aliased else "weights copied"
@@ -438,16 +440,16 @@ class InferenceEngine:
 
 def tensor_parallel_group(size):
     """
-    --inference_tp_size -> the process group of this rank and the neighbours that it generates with,
-    `size` ranks in all; None for 1. Collective.
+    The process group of this rank and the neighbours that it generates with, `size` ranks in all;
+    None for 1. Collective.
 
     raises UsageError where size does not divide the number of processes
     """
-    world = dist.get_world_size()
+    if size == 1:
+        return None
+    world = dist.get_world_size() if dist.is_initialized() else 1
     if size < 1 or world % size:
         raise UsageError(f"--inference_tp_size {size} does not divide the {world} process(es) of "
                          "this run.")
-    if size == 1:
-        return None
     groups = [dist.new_group(range(first, first + size)) for first in range(0, world, size)]
     return groups[dist.get_rank() // size]

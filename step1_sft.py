@@ -52,7 +52,7 @@ class Config(RunConfig):
 # the maths
 
 def sft_loss(logprobs, mask):
-    """Summed negative log-likelihood (nats) of the trained tokens; both (B, T - 1), of tokens 1 .. T - 1."""
+    """Summed negative log-likelihood (nats) of trained tokens; (B, T - 1), of tokens 1 .. T - 1."""
     return -(logprobs * mask).sum()
 
 
@@ -112,18 +112,20 @@ def main(config):
     total_steps = data.total_steps
 
     # -------------------------------------------------------------------------
-    # model and optimiser
+    # model, optimiser and learning-rate schedule
     # The sample at the end is a prompt and an answer, which may be longer than a training row.
     sample_len = config.max_prompt_seq_len + config.max_answer_seq_len
     longest = max(config.max_seq_len, sample_len)
-    model = load_language_model(config.model_name_or_path, tokenizer, ds_config, longest, lora=config)
+    model = load_language_model(config.model_name_or_path, tokenizer, ds_config, longest,
+                                lora=config)
     engine = train_engine(model, ds_config, config, config.learning_rate, total_steps)
     checkpoints.load({"model": engine}, total_steps)
 
     # -------------------------------------------------------------------------
     # training
     folder = checkpoints.folder
-    columns = [("loss", "loss", "7.4f"), ("lr", "lr", ".2e"), ("tok/s", "tokens_per_second", "7.0f")]
+    columns = [("loss", "loss", "7.4f"), ("lr", "lr", ".2e"),
+               ("tok/s", "tokens_per_second", "7.0f")]
     log = MetricsLog(folder, total_steps, config.logging_steps, columns, engine.monitor,
                      checkpoints.done)
     for step, batches in training_steps(data.train_loader, total_steps, checkpoints.done):

@@ -64,8 +64,8 @@ class Config(RunConfig):
     def check(self):
         super().check()
         if self.dpo and not self.dpo_beta > 0:
-            raise UsageError(f"--dpo_beta {self.dpo_beta}: over 0 is needed; at 0 the loss is log 2 "
-                             "whatever the policy does.")
+            raise UsageError(f"--dpo_beta {self.dpo_beta}: over 0 is needed; at 0 the loss is log 2"
+                             " whatever the policy does.")
 
 
 # -----------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def main(config):
     total_steps = data.total_steps
 
     # -------------------------------------------------------------------------
-    # model and optimiser
+    # model, optimiser and learning-rate schedule
     load = policy if config.dpo else reward_model
     model, score_pairs = load(config, tokenizer, ds_config)
     engine = train_engine(model, ds_config, config, config.learning_rate, total_steps)

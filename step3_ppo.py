@@ -53,13 +53,13 @@ import torch.distributed as dist
 
 from data import (decode_answers, load_stage_data, load_text_batches, load_tokenizer,
                   training_steps)
-from hybrid_engine import (ExponentialMovingAverage, InferenceEngine, frozen_model,
-                           tensor_parallel_group, train_engine, train_step)
+from hybrid_engine import (ExponentialMovingAverage, InferenceEngine, frozen_model, train_engine,
+                           train_step)
 from support.checkpoints import Checkpoints
 from support.doctor import RunDoctor
 from support.flags import RunConfig, UsageError, flag
 from support.lora import WithoutAdapters
-from support.metrics import MetricsLog, Sums, print_answers
+from support.metrics import MetricsLog, Sums
 from support.models import last_token, load_language_model, load_reward_model, save_model
 from support.plan import dry_run
 from support.preflight import preflight
@@ -124,10 +124,11 @@ class Config(RunConfig):
     def check(self):
         super().check()
         for name in self.reward_fn:
-            load_reward_function(name)  # raises where it is not there
+            load_reward_function(name)  # raises where there is none
         if not self.temperature > 0:
-            raise UsageError(f"--temperature {self.temperature}: rollouts are sampled, so it must be "
-                             "over 0 (PPO learns nothing from greedy answers).")
+            raise UsageError(f"--temperature {self.temperature}: rollouts are sampled, so it must "
+                             "be over 0 (PPO learns nothing from greedy answers).")
+        # Answers are compared within their group, and every one is used in a whole optimizer step.
         if self.advantage in ("rloo", "grpo") and self.num_generations < 2:
             raise UsageError(
                 f"--advantage {self.advantage} compares the answers to one prompt with each other, "
@@ -140,13 +141,15 @@ class Config(RunConfig):
                 f"--per_device_train_batch_size {self.per_device_train_batch_size} x "
                 f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: a rollout is "
                 "used up by whole optimizer steps.")
+        # Numbers that only make sense together.
         if self.kl_target > 0 and self.kl_coef == 0:
-            raise UsageError("--kl_target steers by multiplying --kl_coef, and 0 stays 0: give it a "
-                             "start over 0.")
+            raise UsageError("--kl_target steers by multiplying --kl_coef, and 0 stays 0: give it "
+                             "a start over 0.")
         scorers = max(len(self.reward_fn), 1)
-        if self.reward_weights and len(self.reward_weights) != scorers:
-            raise UsageError(f"--reward_weights has {len(self.reward_weights)} entries for {scorers} "
-                             "rewards; one number a reward is needed.")
+        weights = len(self.reward_weights)
+        if weights and weights != scorers:
+            raise UsageError(f"--reward_weights has {weights} entries for {scorers} rewards; one "
+                             "number a reward is needed.")
 
 
 # -----------------------------------------------------------------------------
@@ -289,9 +292,9 @@ def critic_loss(values, old_values, returns, mask, cliprange_value):
 
 def kl_loss_k3(logprobs, ref_logprobs, mask):
     """
-    GRPO's loss term (Shao et al. 2024, eq. 4), not PPO's penalty: summed KL(pi || pi_ref) in nats by
-    Schulman's k3, exp(d) - d - 1 with d = log pi_ref - log pi, which is never negative. d is bounded
-    like PPO's log-ratio.
+    GRPO's loss term (Shao et al. 2024, eq. 4), not PPO's penalty: summed KL(pi || pi_ref) in nats
+    by Schulman's k3, exp(d) - d - 1 with d = log pi_ref - log pi, which is never negative. d is
+    bounded like PPO's log-ratio.
     """
     d = ((ref_logprobs - logprobs) * mask).clamp(-20, 20)
     return (d.exp() - d - 1).sum()
@@ -325,7 +328,8 @@ class DeepSpeedRLHFEngine:
         self.args = args
 
         def load_policy(lora=None):
-            return load_language_model(actor_model_name_or_path, tokenizer, ds_config, longest, lora)
+            return load_language_model(actor_model_name_or_path, tokenizer, ds_config, longest,
+                                       lora)
 
         def load_scorer(name, **options):
             check_vocabulary(name, tokenizer)
@@ -354,8 +358,8 @@ class DeepSpeedRLHFEngine:
         if adapters_only:
             self.ref = WithoutAdapters(self.actor)
 
-        # The critic starts from the reward model. With --reward_fn there may be none, then it starts
-        # from the actor's model, with a new head.
+        # The critic starts from the reward model. With --reward_fn there may be none, and then the
+        # critic starts from the actor's model, with a new head.
         self.critic = None
         if args.advantage == "gae":
             start = critic_model_name_or_path
@@ -369,7 +373,7 @@ class DeepSpeedRLHFEngine:
         # What generates, from the actor's weights where they are trained.
         self.ema = ExponentialMovingAverage(self.actor, EMA_DECAY) if args.enable_ema else None
         model = self.actor.module.model
-        self.generator = InferenceEngine(model, tensor_parallel_group(args.inference_tp_size))
+        self.generator = InferenceEngine(model, args.inference_tp_size)
         ends = model.generation_config.eos_token_id
         self.eos_token_ids = ends if isinstance(ends, list) else [ends]
 
@@ -409,7 +413,8 @@ class Experience:
 
 class DeepSpeedPPOTrainer:
     """
-    One PPO step is `generate_experience`, which samples and scores, and `train_rlhf`, which updates.
+    One PPO step is `generate_experience`, which samples and scores, then `train_rlhf`, which
+    updates.
 
     models   the DeepSpeedRLHFEngine
     metrics  numbers of the last step, over all ranks but for the times
@@ -486,14 +491,16 @@ class DeepSpeedPPOTrainer:
             temperature=args.temperature, top_p=args.top_p,
             eos_token_id=self.models.eos_token_ids,
             pad_token_id=self.models.tokenizer.pad_token_id, num_return_sequences=n,
-            seed=args.seed + 1_000_003 * draw + dist.get_rank())  # ranks must not draw the same noise
+            # every rank and every call has noise of its own
+            seed=args.seed + 1_000_003 * draw + dist.get_rank())
         prompt_mask = batch["attention_mask"].repeat_interleave(n, 0)
         return rollout, torch.cat([prompt_mask, rollout.mask.long()], dim=1)
 
     def score(self, rollout, attention_mask, records):
         """
-        -> {name: (B,) float32} of each scorer, and their weighted sum (B,). A reward model's scores,
-        which are in its own standard deviations, are clipped; a function's are taken as they are.
+        -> {name: (B,) float32} of each scorer, and their weighted sum (B,). A reward model's
+        scores, which support.models.RewardModel gives in its own standard deviations, are clipped;
+        a function's are taken as they are.
 
         raises UsageError on all ranks for a score that is no finite number
         """
@@ -508,9 +515,9 @@ class DeepSpeedPPOTrainer:
                 answers = decode_answers(self.models.tokenizer, rollout)
                 score_of[name] = scorer(records, answers).to(rollout.mask.device)
             else:
-                raise UsageError(f"--reward_fn {name} scores text, and the batch has no `records` to "
-                                 "take the prompts from; data.Collator(3, ...) makes batches that "
-                                 "have them.")
+                raise UsageError(f"--reward_fn {name} scores text, and the batch has no `records` "
+                                 "to take the prompts from; data.Collator(3, ...) makes batches "
+                                 "that have them.")
 
         not_finite = all_sum(*((~score.isfinite()).sum() for score in score_of.values()))
         for name, count in zip(score_of, not_finite):
@@ -521,14 +528,14 @@ class DeepSpeedPPOTrainer:
         return score_of, sum(weight * score for weight, score in zip(weights, score_of.values()))
 
     def actor_and_ref_logprobs(self, tokens, attention_mask, mask):
-        """-> logprobs, ref_logprobs, entropy, each (B, R) float32, nats, by the training forward."""
+        """-> logprobs, ref_logprobs, entropy: (B, R) float32, nats, by the training forward."""
         inputs = (tokens, attention_mask, mask, self.args.temperature)
         logprobs, entropy = self.models.actor(*inputs)
         ref_logprobs, _ = self.models.ref(*inputs)
         return logprobs, ref_logprobs, entropy
 
     def values(self, tokens, attention_mask, mask):
-        """(B, R): the critic's value of the state before each response token, one column earlier."""
+        """(B, R): the critic's value of the state before each response token (a column earlier)."""
         R = mask.size(1)
         return self.models.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
 
@@ -573,8 +580,8 @@ class DeepSpeedPPOTrainer:
         mean actor and critic loss (nats, reward^2; 0 without a critic).
 
         unsupervised  iterator that yields, for each optimizer step, gradient_accumulation_steps
-                      batches of data.Collator(1). The actor then minimises PPO's loss + unsup_coef x
-                      their mean nats a token in the same step (Ouyang et al. 2022, eq. 2)
+                      batches of data.Collator(1). The actor then minimises PPO's loss +
+                      unsup_coef x their mean nats a token in one step (Ouyang et al. 2022, eq. 2)
         """
         args = self.args
         models = self.models
@@ -670,7 +677,8 @@ class DeepSpeedPPOTrainer:
         returns = x.returns[rows]
         R = mask.size(1)
         values = self.models.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
-        loss, clipped = critic_loss(values, x.values[rows], returns, mask, self.args.cliprange_value)
+        loss, clipped = critic_loss(values, x.values[rows], returns, mask,
+                                    self.args.cliprange_value)
         squared_error = ((values.detach() - returns).square() * mask).sum()
         sums.add(clipped_values=clipped, squared_error=squared_error)
         return loss
@@ -724,8 +732,8 @@ class DeepSpeedPPOTrainer:
 @dataclass
 class Evaluation:
     """
-    numbers   over all ranks: score, kl (nats a response), gold and win_rate; the last two None where
-              nothing can be said
+    numbers   over all ranks: score, kl (nats a response), gold and win_rate; the last two are None
+              where nothing can be said
     answered  pairs of record and answer, this rank's
     grades    one an answer, this rank's: exact marks where the task has them, else scores
     """
@@ -811,7 +819,7 @@ def main(config):
                                          checkpoints.done * updates, rank, world, log=print0)
 
     # -------------------------------------------------------------------------
-    # models and optimisers
+    # models, optimisers and learning-rate schedules (made in hybrid_engine.train_engine)
     engine = DeepSpeedRLHFEngine(config.actor_model_name_or_path, config.critic_model_name_or_path,
                                  tokenizer, total_steps, config)
     trainer = DeepSpeedPPOTrainer(engine, config)
@@ -846,7 +854,8 @@ def main(config):
         experience = trainer.generate_experience(prompt_batch)
         if data.scorer:
             answers = decode_answers(tokenizer, experience)
-            trainer.metrics["objective/gold"] = mean_gold(data.scorer, prompt_batch["records"], answers)
+            gold = mean_gold(data.scorer, prompt_batch["records"], answers)
+            trainer.metrics["objective/gold"] = gold
         trainer.train_rlhf(experience, unsupervised)
 
         # what is said about it
@@ -863,7 +872,7 @@ def main(config):
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
     held = evaluate(trainer, data.held_loader, data.scorer, first)
-    print_answers(held.answered)
+    log.answers(held.answered)
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
@@ -878,8 +887,8 @@ def main(config):
     gold_text = f", gold {before['gold']:.3f} -> {now['gold']:.3f}" if data.scorer else ""
     judge = "gold" if data.scorer else "score"
     print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {before['score']:.3f} -> "
-           f"{now['score']:.3f}, KL {now['kl']:.2f} nats a response{gold_text}; better than the SFT "
-           f"model's answer in {now['win_rate']:.0%} by {judge}; saved {folder}")
+           f"{now['score']:.3f}, KL {now['kl']:.2f} nats a response{gold_text}; better than the "
+           f"SFT model's answer in {now['win_rate']:.0%} by {judge}; saved {folder}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """
 Each op of kernels/ against its definition in PyTorch, beside what this machine can do at all.
 
-    python bench/kernels.py                 all ops on the GPU, or without one the CPU forms (a minute or two)
-    python bench/kernels.py gae sampling    some of them
+    python bench/kernels.py                  all ops on the GPU, or without one the CPU forms (a
+                                             minute or two)
+    python bench/kernels.py norm sampling    some of them
 
-Prints medians of repeated runs. GB/s counts the bytes that the op must move (inputs once, outputs once), so a form
-that moves more shows a lower number; TFLOP/s counts the matmuls of the definition. "of limit" holds that against a
-large copy or a large matmul timed in the same run; a CPU whose caches hold the data passes its copy. On a GPU the
-table is also written to bench/results/. Run the tests first: a wrong kernel can be as fast as it likes.
+Prints medians of repeated runs. GB/s counts the bytes that the op must move (inputs once, outputs
+once), so a form that moves more shows a lower number; TFLOP/s counts the matmuls of the definition.
+"of limit" holds that against a large copy or a large matmul timed in the same run; a CPU whose
+caches hold the data passes its copy. On a GPU the table is also written to bench/results/. Run the
+tests first: a wrong kernel can be as fast as it likes.
 """
 import json
 import multiprocessing
@@ -22,7 +24,8 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from kernels import activation, decode_attention, logprob, norm, rotary, sampling  # noqa: E402
+from kernels import (activation, decode_attention, logprob, norm, rotary, sampling,  # noqa: E402
+                     triton)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16
@@ -30,8 +33,9 @@ DTYPE = torch.bfloat16
 
 def seconds(*forms, budget=1.0):
     """
-    Median time of one call of each form, in seconds, the forms taking turns so that a busy machine is busy for all of
-    them. On a GPU each call is timed by events, after a write that empties the L2 cache.
+    Median time of one call of each form, in seconds, the forms taking turns so that a busy machine
+    is busy for all of them. On a GPU each call is timed by events, after a write that empties the
+    L2 cache.
     """
     times = [[] for _ in forms]
     for fn in forms * 2:
@@ -47,13 +51,16 @@ def seconds(*forms, budget=1.0):
     scratch = torch.empty(2**28, dtype=torch.int8, device=DEVICE)
     for _ in range(30):
         for fn, took in zip(forms, times):
-            took.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+            begin = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
             scratch.zero_()
-            took[-1][0].record()
+            begin.record()
             fn()
-            took[-1][1].record()
+            end.record()
+            took.append((begin, end))
     torch.cuda.synchronize()
-    return [statistics.median(begin.elapsed_time(end) / 1e3 for begin, end in took) for took in times]
+    return [statistics.median(begin.elapsed_time(end) / 1e3 for begin, end in took)
+            for took in times]
 
 
 def limits():
@@ -86,8 +93,8 @@ def with_grad(fn, leaf, *args):
     return run
 
 
-# Each yields (what, new form, definition, bytes that must move, matmul FLOP): the shapes of a rollout of OPT-125M on a
-# CPU, of OPT-1.3B on a GPU.
+# Each yields (what, new form, definition, bytes that must move, matmul FLOP): the shapes of a
+# rollout of OPT-125M on a CPU, of OPT-1.3B on a GPU.
 
 GPU = DEVICE == "cuda"
 B, H, D, T = (32, 32, 64, 1024) if GPU else (16, 12, 64, 256)
@@ -95,58 +102,77 @@ C, N, V = H * D, 4096 if GPU else 512, 50272
 
 
 def bench_logprob():
-    logits, targets = randn(N, V), integers(V, N)
+    logits = randn(N, V)
+    targets = integers(V, N)
     yield (f"token_logprobs ({N}, {V})", lambda: logprob.token_logprobs(logits, targets),
            lambda: logprob.token_logprobs_reference(logits, targets), size(logits), 0)
     logits.requires_grad_(True)
     yield ("  with backward", with_grad(logprob.token_logprobs, logits, targets),
            with_grad(logprob.token_logprobs_reference, logits, targets), 3 * size(logits), 0)
     del logits
-    hidden, weight = randn(N, C).requires_grad_(True), (0.02 * randn(V, C)).requires_grad_(True)
+    hidden = randn(N, C).requires_grad_(True)
+    weight = (0.02 * randn(V, C)).requires_grad_(True)
     flop = 2 * N * V * C
     with torch.no_grad():
-        yield (f"linear_logprobs ({N}, {C}) x {V}", lambda: logprob.linear_logprobs(hidden, weight, targets),
+        yield (f"linear_logprobs ({N}, {C}) x {V}",
+               lambda: logprob.linear_logprobs(hidden, weight, targets),
                lambda: logprob.linear_logprobs_reference(hidden, weight, targets), 0, flop)
-    both = [with_grad(f, hidden, weight, targets) for f in (logprob.linear_logprobs, logprob.linear_logprobs_reference)]
-    yield ("  with backward", *both, 0, 3 * flop)
+    yield ("  with backward", with_grad(logprob.linear_logprobs, hidden, weight, targets),
+           with_grad(logprob.linear_logprobs_reference, hidden, weight, targets), 0, 3 * flop)
 
 
 def peak_memory(name):
-    """MB that forward and backward of an OPT-125M head on 1,024 tokens need at once, the weight's gradient included."""
+    """
+    MB that forward and backward of an OPT-125M head on 1,024 tokens need at once, the weight's
+    gradient included.
+    """
     def resident(field):
-        return int(pathlib.Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) / 2**10
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(status.split(field + ":")[1].split()[0]) / 2**10
 
-    hidden, weight = randn(1024, 768).requires_grad_(True), (0.02 * randn(V, 768)).requires_grad_(True)
-    targets, form = integers(V, 1024), getattr(logprob, name)
-    with_grad(form, hidden, weight[:8].detach(), targets % 8)()  # the first call's workspaces are no part of it
+    hidden = randn(1024, 768).requires_grad_(True)
+    weight = (0.02 * randn(V, 768)).requires_grad_(True)
+    targets = integers(V, 1024)
+    form = getattr(logprob, name)
+    # the first call's workspaces are no part of it
+    with_grad(form, hidden, weight[:8].detach(), targets % 8)()
     if GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() / 2**20
     else:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the high-water mark so far
+        # Linux forgets the high-water mark so far
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
     with_grad(form, hidden, weight, targets)()
-    return (torch.cuda.max_memory_allocated() / 2**20 if GPU else resident("VmHWM")) - before
+    if GPU:
+        return torch.cuda.max_memory_allocated() / 2**20 - before
+    return resident("VmHWM") - before
 
 
 def print_peaks():
-    """Each form in a process of its own: memory that one has freed must not serve the other."""
+    """Each form in a process of its own, because memory that one has freed may serve the other."""
     if not GPU and not pathlib.Path("/proc/self/clear_refs").exists():
         return
     names = ("linear_logprobs", "linear_logprobs_reference")
-    ours, plain = (multiprocessing.get_context("spawn").Pool(1).apply(peak_memory, (name,)) for name in names)
-    print(f"\nlinear_logprobs (1024, 768) x {V} with backward, peak memory: {ours:.0f} MB, definition {plain:.0f} MB, "
-          f"ratio {ours / plain:.2f}")
+    processes = multiprocessing.get_context("spawn")
+    ours, plain = (processes.Pool(1).apply(peak_memory, (name,)) for name in names)
+    print(f"\nlinear_logprobs (1024, 768) x {V} with backward, peak memory: {ours:.0f} MB, "
+          f"definition {plain:.0f} MB, ratio {ours / plain:.2f}")
 
 
 def bench_sampling():
-    logits, uniform = randn(B, V, dtype=torch.float32), torch.rand(B, device=DEVICE)
+    logits = randn(B, V, dtype=torch.float32)
+    # a peaked distribution, as trained models have: under top-p few tokens of it are kept
+    peaked = -1.5 * torch.arange(1, V + 1, device=DEVICE).log()[torch.randperm(V, device=DEVICE)]
+    uniform = torch.rand(B, device=DEVICE)
     every = ({}, dict(temperature=0), dict(temperature=0.7), dict(top_k=50), dict(top_p=0.9),
              dict(temperature=0.7, top_k=50, top_p=0.9))
-    for x, kind in ((logits, ""), (logits.to(DTYPE), " bf16")):
+    kinds = ((logits, ""), (logits.to(DTYPE), " bf16"), (peaked.repeat(B, 1), " peaked"))
+    for x, kind in kinds:
         for options in every:
             named = ", ".join(f"{k}={v}" for k, v in options.items())
-            yield (f"sample ({B}, {V}){kind} {named}", lambda: sampling.sample(x, uniform, **options),
+            yield (f"sample ({B}, {V}){kind} {named}",
+                   lambda: sampling.sample(x, uniform, **options),
                    lambda: sampling.sample_reference(x, uniform, **options), size(x), 0)
     yield (f"sample ({B}, {V}) against multinomial", lambda: sampling.sample(logits, uniform),
            lambda: torch.multinomial(logits.softmax(-1), 1), size(logits), 0)
@@ -182,42 +208,37 @@ def bench_decode_attention():
     shapes = [(1, H, H), (B, H, H), (B, H, H // 4), *([(128, H, H)] if GPU else [])]
     for batch, heads, kv_heads in shapes:
         q, caches = randn(batch, heads, D), randn(2, batch, kv_heads, T, D)
-        start, end = torch.zeros(batch, dtype=torch.int64, device=DEVICE), torch.tensor(T, device=DEVICE)
+        start = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+        end = torch.tensor(T, device=DEVICE)
         args = (q, *caches, start, end, D**-0.5)
-        moved, named = size(caches), f"({batch}, {heads} over {kv_heads}, {T}, {D})"
+        moved = size(caches)
+        named = f"({batch}, {heads} over {kv_heads}, {T}, {D})"
         sdpa = lambda: torch.nn.functional.scaled_dot_product_attention(
             q[:, :, None], *caches.repeat_interleave(heads // kv_heads, dim=2))
         yield (f"decode_attention {named}", lambda: decode_attention.decode_attention(*args),
                lambda: decode_attention.decode_attention_reference(*args), moved, 0)
-        yield ("  against PyTorch's SDPA", lambda: decode_attention.decode_attention(*args), sdpa, moved, 0)
-
-
-def bench_gae():
-    rewards, values = randn(2, 64, 256, dtype=torch.float32)
-    args = (rewards, values, torch.ones_like(rewards), 1.0, 0.95)
-    yield "gae (64, 256)", lambda: gae.gae(*args), lambda: gae.gae_reference(*args), 5 * size(rewards), 0
-
-
-def bench_ppo_loss():
-    logp, old, advantages = randn(3, 64, 256, dtype=torch.float32)
-    args = (old, advantages, torch.ones_like(old), 0.2)
-    logp.requires_grad_(True)
-    yield ("ppo_actor_loss (64, 256) with backward", with_grad(ppo_loss.ppo_actor_loss, logp, *args),
-           with_grad(ppo_loss.ppo_actor_loss_reference, logp, *args), 5 * size(old), 0)
+        yield ("  against PyTorch's SDPA", lambda: decode_attention.decode_attention(*args), sdpa,
+               moved, 0)
 
 
 def machine():
-    chip = torch.cuda.get_device_name() if GPU else platform.processor() or platform.machine()
-    if not GPU and pathlib.Path("/proc/cpuinfo").exists():
-        chip = pathlib.Path("/proc/cpuinfo").read_text().split("model name\t: ")[-1].split("\n")[0]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if GPU:
+        chip = torch.cuda.get_device_name()
+    elif cpuinfo.exists():
+        chip = cpuinfo.read_text().split("model name\t: ")[-1].split("\n")[0]
+    else:
+        chip = platform.processor() or platform.machine()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
+                            text=True).stdout
     return {"chip": chip, "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "triton": getattr(logprob.triton, "__version__", None), "python": platform.python_version(),
+            "triton": getattr(triton, "__version__", None), "python": platform.python_version(),
             "dtype": str(DTYPE), "commit": commit.strip() or None}
 
 
 def main():
-    ops = {name[len("bench_"):]: fn for name, fn in globals().items() if name.startswith("bench_")}
+    ops = {name[len("bench_"):]: fn for name, fn in globals().items()
+           if name.startswith("bench_")}
     unknown = set(sys.argv[1:]) - set(ops)
     if unknown:
         sys.exit(f"unknown: {', '.join(sorted(unknown))}; the ops are {', '.join(ops)}")
@@ -226,7 +247,8 @@ def main():
     copy, matmul = limits()
     lines = [", ".join(f"{k} {v}" for k, v in about.items()),
              f"limits: copy {copy / 1e9:.0f} GB/s, matmul {matmul / 1e12:.2f} TFLOP/s", "",
-             "| op | definition, us | this, us | times faster | rate | of limit |", "|---|---|---|---|---|---|"]
+             "| op | definition, us | this, us | times faster | rate | of limit |",
+             "|---|---|---|---|---|---|"]
     print("\n".join(lines))
     rows = []
     for op in sys.argv[1:] or ops:
@@ -234,7 +256,8 @@ def main():
             ours, theirs = seconds(new, definition)
             rate = f"{flop / ours / 1e12:.2f} TFLOP/s" if flop else f"{moved / ours / 1e9:.1f} GB/s"
             share = flop / ours / matmul if flop else moved / ours / copy
-            rows.append(dict(op=what.strip(), definition_us=theirs * 1e6, us=ours * 1e6, rate=rate, of_limit=share))
+            rows.append(dict(op=what.strip(), definition_us=theirs * 1e6, us=ours * 1e6, rate=rate,
+                             of_limit=share))
             times = f"{theirs * 1e6:.1f} | {ours * 1e6:.1f} | {theirs / ours:.2f}"
             lines.append(f"| {what} | {times} | {rate} | {share:.2f} |")
             print(lines[-1], flush=True)

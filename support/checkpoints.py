@@ -1,5 +1,21 @@
 """
-Checkpoints: --save_steps, --save_total_limit and --resume.
+Checkpoints: what a run leaves on the disk, and how --resume goes on from it.
+
+    output/sft/checkpoint-300/      a complete checkpoint, after 300 steps
+        model/                      DeepSpeed's files of an engine ("model"; PPO: "actor", "critic")
+        random-0.pt, ...            every rank's random number generators
+        trainer.pt                  PPO only: what the trainer counts and averages
+        metrics.jsonl               the log of the first 300 steps
+        manifest.json               steps, processes, seconds, the size of every file, the flags
+    output/sft/checkpoint-400.tmp/  one that is being written, or whose writer was killed
+    output/sft/run_config.json      the flags of a stage that was run to its end
+
+Written  into checkpoint-N.tmp: engines, random numbers, trainer, log, and the manifest last. When
+         all of it is on the disk, the folder is renamed to checkpoint-N, and older ones go.
+Found    the newest checkpoint-N whose files all have the sizes in its manifest. It is used where
+         the run had the same flags and read the same files, and refused where it did not.
+
+So a run that is killed at any moment goes on to the same weights, bit for bit.
 """
 
 import argparse
@@ -26,90 +42,140 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from support.flags import UsageError, first_line
 from support.metrics import STAGES, write_json, write_summary
-from support.processes import all_sum, compute_dtype, deepspeed_settings, on_rank0, print0, seed_everything
+from support.processes import (all_sum, compute_dtype, deepspeed_settings, on_rank0, print0,
+                               seed_everything)
 
 
-MAY_CHANGE_ON_RESUME = {  # flags that may change when a run is resumed, or that count through what resolved_config derives
-    "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "per_device_generation_batch_size", "inference_tp_size", "logging_steps", "save_steps", "save_total_limit",
-    "gradient_checkpointing", "resume", "skip_preflight", "device_tflops", "device_price"}
+# -----------------------------------------------------------------------------
+# may this run go on from that one?
+
+# Flags that may differ on --resume: either harmless, or covered by an entry that resolved_config
+# derives.
+MAY_CHANGE_ON_RESUME = {
+    "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "per_device_generation_batch_size", "inference_tp_size",
+    "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "resume",
+    "skip_preflight", "device_tflops", "device_price"}
 
 
 def resolved_config(config, section):
-    """The flags, and what beside them decides the outcome: ZeRO stage, dtype, rows a step, the files that are read."""
-    flags, settings, world = dataclasses.asdict(config), deepspeed_settings(config), dist.get_world_size()
+    """
+    The flags, and what beside them decides the outcome: ZeRO stage, dtype, rows a step, and
+    checksums of the files that are read. The names of these entries are parts of a sentence,
+    because `changed_flag` prints them: "--{name} {old value}, and now it is {new value}".
+    """
+    ds_config = deepspeed_settings(config)
+    world = dist.get_world_size()
+    flags = dataclasses.asdict(config)
+
+    # A checksum for every flag that names a file or folder, --reward_fn's file.py:function too.
     for name in sorted(flags.keys() - MAY_CHANGE_ON_RESUME):
         values = flags[name] if isinstance(flags[name], list) else [flags[name]]
-        for path in [value.split(":")[0] for value in values if isinstance(value, str)]:  # --reward_fn file.py:function
-            if os.path.exists(path):
-                shown = path
-                if name.endswith("model_name_or_path") and Path(config.output_dir) in Path(path).parents:
-                    # an earlier stage's: a run may be moved as a whole
-                    shown = flags[name] = f"OUTPUT_DIR/{Path(path).relative_to(config.output_dir)}"
-                flags[f"{name} {shown}, checksum"] = checksum(path)
+        for value in values:
+            path = value.split(":")[0] if isinstance(value, str) else ""
+            if not os.path.exists(path):
+                continue
+            shown = path
+            is_model = name.endswith("model_name_or_path")
+            if is_model and Path(config.output_dir) in Path(path).parents:
+                # An earlier stage's model is named by its place in the run, because a run may be
+                # moved as a whole.
+                shown = f"OUTPUT_DIR/{Path(path).relative_to(config.output_dir)}"
+                flags[name] = shown
+            flags[f"{name} {shown}, checksum"] = checksum(path)
+
+    # What flags and DeepSpeed JSON come to together.
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world
+    prompts = flags.get("per_device_generation_batch_size", 0) * world
     flags["stage"] = section
-    flags["zero_stage (or the JSON's)"] = settings["zero_optimization"]["stage"]
-    flags["deepspeed_config's dtype"] = str(compute_dtype(settings))
-    flags["deepspeed_config's gradient_clipping"] = settings.get("gradient_clipping")
-    flags["per_device_train_batch_size x gradient_accumulation_steps x processes"] = (
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * world)
-    flags["per_device_generation_batch_size x processes"] = flags.get("per_device_generation_batch_size", 0) * world
+    flags["zero_stage (or the JSON's)"] = ds_config["zero_optimization"]["stage"]
+    flags["deepspeed_config's dtype"] = str(compute_dtype(ds_config))
+    flags["deepspeed_config's gradient_clipping"] = ds_config.get("gradient_clipping")
+    flags["per_device_train_batch_size x gradient_accumulation_steps x processes"] = rows
+    flags["per_device_generation_batch_size x processes"] = prompts
     return flags
 
 
 def checksum(path):
-    """Of a data file or the files in a folder: names, sizes, first and last megabyte."""
+    """
+    CRC of a data file, or of the files in a folder: their names, sizes, first and last megabytes.
+    The files that a stage writes beside its model do not count.
+    """
+    path = Path(path)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
     crc = 0
-    for file in sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]:
-        if file.is_file() and file.name not in ("metrics.jsonl", "run_config.json"):
-            with open(file, "rb") as opened:
-                crc = zlib.crc32(f"{file.name} {file.stat().st_size} ".encode() + opened.read(2**20), crc)
-                opened.seek(max(file.stat().st_size - 2**20, 0))
-                crc = zlib.crc32(opened.read(), crc)
+    for file in files:
+        if not file.is_file() or file.name in ("metrics.jsonl", "run_config.json"):
+            continue
+        size = file.stat().st_size
+        with open(file, "rb") as opened:
+            crc = zlib.crc32(f"{file.name} {size} ".encode() + opened.read(2**20), crc)
+            opened.seek(max(size - 2**20, 0))
+            crc = zlib.crc32(opened.read(), crc)
     return crc
 
 
 def changed_flag(then, now):
-    """The first flag that counts and differs between two resolved configs, as part of a sentence; None: all agree."""
-    return next((f"--{name} {then[name]}, and now it is {now[name]}" for name in now
-                 if name not in MAY_CHANGE_ON_RESUME and then.get(name, now[name]) != now[name]), None)
-
-
-class DurableWriter(TorchCheckpointEngine):
     """
-    Writes DeepSpeed's files so that they are on the disk when `save` returns; `files` has their sizes. An error is kept
-    and not raised: the other ranks are waiting in a collective.
+    The first entry that counts and differs between two resolved configs, as part of a sentence;
+    None if all agree. An entry that the older config lacks does not count.
+    """
+    for name, value in now.items():
+        if name in MAY_CHANGE_ON_RESUME or name not in then:
+            continue
+        if then[name] != value:
+            return f"--{name} {then[name]}, and now it is {value}"
+    return None
+
+
+# -----------------------------------------------------------------------------
+# was this run told to stop?
+
+class StopSignal:
+    """
+    Whether this run was told to stop: by a SIGTERM or a first Ctrl-C to any rank, or by the end of
+    the `deepspeed` launcher. A second Ctrl-C ends the process at once.
     """
 
-    def __init__(self, folder):
-        self.folder, self.files, self.error = folder, {}, None
+    def __init__(self):
+        self.received = False
+        self.handlers_before = {}
+        self.launcher_parent = None
 
-    def save(self, state_dict, path):
-        try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-            fsync_path(path)
-            self.files[str(Path(path).relative_to(self.folder))] = os.path.getsize(path)
-        except (OSError, RuntimeError) as error:  # torch hides a full disk's OSError behind a RuntimeError of its own
-            self.error = self.error or first_line(error.__context__ or error)
-            Path(path).unlink(missing_ok=True)  # room for DeepSpeed's small files, which nothing guards
+    def watch(self):
+        """From here on both signals are only noted."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.handlers_before[number] = signal.signal(number, self._note)
+        # `deepspeed` starts a child, and the child starts the ranks. When `deepspeed` dies of a
+        # SIGTERM it hands nothing on, but then the child has a new parent.
+        child = psutil.Process().parent()
+        if child and "deepspeed.launcher.launch" in child.cmdline():
+            self.launcher_parent = child.ppid()
+
+    def _note(self, *_):
+        self.received = True
+        signal.signal(signal.SIGINT, self.handlers_before[signal.SIGINT])
+
+    def on_any_rank(self):
+        """Collective, because all ranks must stop after the same step."""
+        launcher_died = False
+        if self.launcher_parent is not None:
+            launcher_died = psutil.Process(os.getppid()).ppid() != self.launcher_parent
+        told, = all_sum(self.received or launcher_died)
+        return told > 0
+
+    def unwatch(self):
+        for number, handler in self.handlers_before.items():
+            signal.signal(number, handler)
 
 
-def make_output_dir(path):
-    """Rank 0, before anything slow. Raises UsageError for a folder that cannot be, or cannot be written to."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--output_dir {path} cannot be made: {first_line(error)}.") from error
-    if not os.access(path, os.W_OK):
-        raise UsageError(f"--output_dir {path}: nothing may be written there; name another folder.")
-
+# -----------------------------------------------------------------------------
+# the checkpoints of a stage
 
 class Checkpoints:
     """
-    A stage's checkpoints, `folder`/checkpoint-<step>: DeepSpeed's files of each engine, the trainer's state, every
-    rank's random numbers, metrics.jsonl so far, and manifest.json, written last, with the size of every file. A folder
-    gets its name when all of it is on the disk. All ranks must see the same --output_dir.
+    A stage's checkpoints, `folder`/checkpoint-<step>; the top of this file shows what is in them.
+    All ranks must see the same --output_dir.
 
     finished   --resume, and the stage was already run to its end with these flags
     done       steps of the run that this one goes on from, and
@@ -118,198 +184,352 @@ class Checkpoints:
 
     def __init__(self, config, section):
         """
-        Looks for what --resume goes on from; raises UsageError where other flags made it, or nothing can be written.
+        Looks for what --resume goes on from.
+
+        section  the stage's name in summary.json: "sft", "reward", "dpo" or "ppo"
+        raises   UsageError where other flags made the checkpoint, or nothing can be written
         """
-        self.config, self.section, self.folder = config, section, Path(config.output_dir) / STAGES[section]
-        self.began, self.terminated, self.launcher_parent = time.time(), False, None
+        self.config = config
+        self.section = section
+        self.folder = Path(config.output_dir) / STAGES[section]
+        self.began = time.time()
+        self.stop_signal = StopSignal()
         on_rank0(lambda: make_output_dir(config.output_dir))
-        # now, and once: files that change while it runs are not what it read
+        # The files are read for their checksums now and once, because a file that changes while the
+        # run goes on is not what the run has read.
         self.resolved = on_rank0(lambda: resolved_config(config, section))
-        self.finished, self.manifest = on_rank0(self._find)
-        self.done, self.seconds = (self.manifest["step"], self.manifest["seconds"]) if self.manifest else (0, 0.0)
+
+        # Rank 0 looks, and tells the others.
+        self.manifest = None
+        self.finished = on_rank0(self._is_finished)
+        if not self.finished:
+            self.manifest = on_rank0(self._find)
+        self.done = 0
+        self.seconds = 0.0
+        if self.manifest:
+            self.done = self.manifest["step"]
+            self.seconds = self.manifest["seconds"]
+
+    # -------------------------------------------------------------------------
+    # how a checkpoint is found
+
+    def _is_finished(self):
+        """Whether --resume finds this stage run to its end, with the same flags."""
+        record = self.folder / "run_config.json"
+        summary = self.folder.parent / "summary.json"
+        if not self.config.resume or not record.exists() or not summary.exists():
+            return False
+        if self.section not in json.loads(summary.read_text()):
+            return False
+        changed = changed_flag(json.loads(record.read_text()), self.resolved)
+        if changed:
+            print0(f"{self.folder}: done with {changed}")
+            return False
+        print0(f"{self.folder}: done already, --resume leaves it")
+        return True
 
     def _find(self):
-        """Rank 0 -> (finished, manifest of the newest complete checkpoint or None)."""
-        now, resume = self.resolved, self.config.resume
-        record, summary = self.folder / "run_config.json", self.folder.parent / "summary.json"
-        if resume and record.exists() and summary.exists() and self.section in json.loads(summary.read_text()):
-            changed = changed_flag(json.loads(record.read_text()), now)
-            print0(f"{self.folder}: done " + (f"with {changed}" if changed else "already, --resume leaves it"))
-            if not changed:
-                return True, None
-        for path in self._all().values():
+        """The manifest of the newest complete checkpoint, or None: start from the beginning."""
+        paths = list(self._all().values())
+        if not self.config.resume:
+            if paths:
+                print0(f"{paths[0]} is an earlier run's: --resume would go on from it, this run's "
+                       "first replaces it")
+            return None
+        for path in paths:
             manifest, lack = self._read(path)
-            if not resume:
-                print0(f"{path} is an earlier run's: --resume would go on from it, this run's first replaces it")
-                return False, None
-            elif lack:
+            if lack:
                 print0(f"warning: {path} is skipped, it is not complete: {lack}")
-            elif changed := changed_flag(manifest["config"], now):
-                raise UsageError(f"{path} was made with {changed}: go on with the old value, or remove {self.folder}/"
-                                 "checkpoint-* to start from the beginning.")
-            else:
-                return False, manifest
-        if resume:
-            print0(f"--resume: no complete checkpoint in {self.folder}, so the run starts from the beginning")
-        return False, None
+                continue
+            changed = changed_flag(manifest["config"], self.resolved)
+            if changed:
+                raise UsageError(f"{path} was made with {changed}: go on with the old value, or "
+                                 f"remove {self.folder}/checkpoint-* to start from the beginning.")
+            return manifest
+        print0(f"--resume: no complete checkpoint in {self.folder}, so the run starts from the "
+               "beginning")
+        return None
 
     def _all(self):
-        """step -> folder of all that is named as a checkpoint, newest first."""
-        steps = [path.name.removeprefix("checkpoint-") for path in self.folder.glob("checkpoint-*")]
-        steps = sorted((int(step) for step in steps if step.isdigit()), reverse=True)
-        return {step: self.folder / f"checkpoint-{step}" for step in steps}
+        """{step: folder} of everything that is named as a checkpoint, the newest first."""
+        names = [path.name for path in self.folder.glob("checkpoint-*")]
+        numbers = [name.removeprefix("checkpoint-") for name in names]
+        steps = [int(number) for number in numbers if number.isdigit()]  # a .tmp has no such name
+        return {step: self.folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)}
 
     def _read(self, path):
-        """A checkpoint's folder -> (manifest, None) or (None, what it lacks)."""
+        """A checkpoint's folder -> (manifest, None), or (None, what it lacks)."""
         try:
             manifest = json.loads((path / "manifest.json").read_text())
         except (OSError, ValueError):
             return None, "no manifest.json"
-        found = {name: (path / name).stat().st_size if (path / name).exists() else 0 for name in manifest["files"]}
-        lacks = [f"{name} has {found[name]} of {size} bytes" for name, size in manifest["files"].items()
-                 if found[name] != size]
-        return (None, lacks[0]) if lacks else (manifest, None)
+        for name, size in manifest["files"].items():
+            file = path / name
+            found = file.stat().st_size if file.exists() else 0
+            if found != size:
+                return None, f"{name} has {found} of {size} bytes"
+        return manifest, None
+
+    # -------------------------------------------------------------------------
+    # how a run goes on from it
 
     def load(self, engines, total_steps, trainer=None):
         """
-        Puts what --resume found into the engines (name -> DeepSpeed's, or None), the trainer (load_state_dict) and the
-        random number generators. From here to the last step, with --save_steps, SIGTERM or Ctrl-C ends the run with
-        exit code 143, after the step in hand and its checkpoint.
+        Puts what --resume found into the engines, the trainer and the random number generators.
+        From here to the last step, with --save_steps, SIGTERM or Ctrl-C ends the run with exit code
+        143, after the step in hand and its checkpoint.
+
+        engines  name -> DeepSpeed engine, or None
+        trainer  has state_dict and load_state_dict, or is None
         """
         self.engines = {name: engine for name, engine in engines.items() if engine}
-        self.total_steps, self.trainer = total_steps, trainer
+        self.total_steps = total_steps
+        self.trainer = trainer
         if dist.get_rank() == 0:
             for left in self.folder.glob("checkpoint-*.tmp"):
                 shutil.rmtree(left)
-            (self.folder / "run_config.json").unlink(missing_ok=True)  # the stage is not finished
+            # Without this file the stage is not finished.
+            (self.folder / "run_config.json").unlink(missing_ok=True)
         if self.config.save_steps and self.done < total_steps:
-            def stop(*_):
-                self.terminated = True
-                signal.signal(signal.SIGINT, self.defaults[signal.SIGINT])  # a second Ctrl-C ends it at once
-
-            self.defaults = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-            launcher = psutil.Process().parent()
-            if launcher and "deepspeed.launcher.launch" in launcher.cmdline():
-                self.launcher_parent = launcher.ppid()
+            self.stop_signal.watch()
         dist.barrier()
         if self.manifest:
             self._restore(self.folder / f"checkpoint-{self.done}")
 
     def _restore(self, path):
-        ranks, world = self.manifest["processes"], dist.get_world_size()
-        resharded = ranks != world and any("optim_states" in name for name in self.manifest["files"])
-        source = path.with_suffix(".tmp") if resharded else path
-        for name, engine in self.engines.items():
-            decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
-            if resharded:
-                on_rank0(lambda: to_universal(path / name, source / name))
-                engine._config.load_universal_checkpoint = True
-            assert engine.load_checkpoint(str(source), tag=name)[0], f"{path / name} was not loaded"
-            engine._config.load_universal_checkpoint = False
-            if resharded:  # DeepSpeed's loader for ZeRO 3 gives all groups one weight decay and one counter of steps
-                for group, decay in zip(engine.optimizer.param_groups, decays):
-                    group["weight_decay"] = decay
-                for state in engine.optimizer.optimizer.state.values():
-                    state["step"] = copy.deepcopy(state["step"])
+        rank = dist.get_rank()
+        world = dist.get_world_size()
+        world_before = self.manifest["processes"]
+
+        # 1. The engines: weights, optimizer states, schedules.
+        has_shards = any("optim_states" in name for name in self.manifest["files"])
+        if has_shards and world != world_before:
+            self._load_resharded(path)
+        else:
+            for name, engine in self.engines.items():
+                load_engine(engine, path, name)
+
+        # 2. The trainer.
         if self.trainer:
             self.trainer.load_state_dict(torch.load(path / "trainer.pt", weights_only=False))
-        if ranks == world:
-            states = torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=False)
-            for (_, restore), state in zip(random_generators(), states):
-                restore(state)
+
+        # 3. The random number generators, which belong to a rank of so many.
+        if world == world_before:
+            states = torch.load(path / f"random-{rank}.pt", weights_only=False)
+            for (_, set_state), state in zip(random_generators(), states):
+                set_state(state)
         else:
             seed_everything(self.config.seed + self.done)
-            print0(f"{path} is of {ranks} processes, now {world}: random numbers start anew from --seed and the step")
+            print0(f"{path} is of {world_before} processes, now {world}: random numbers start anew "
+                   "from --seed and the step")
+
+        # 4. The log, without the steps after the checkpoint.
         dist.barrier()
-        if dist.get_rank() == 0:
+        if rank == 0:
             shutil.copy(path / "metrics.jsonl", self.folder)
-            shutil.rmtree(path.with_suffix(".tmp"), ignore_errors=True)
         print0(f"resumed from {path}: {self.done} of {self.total_steps} steps are done")
 
+    def _load_resharded(self, path):
+        """
+        Into another number of ranks than wrote it, by way of DeepSpeed's universal checkpoint, a
+        temporary folder.
+        """
+        universal = path.with_suffix(".tmp")
+        for name, engine in self.engines.items():
+            on_rank0(lambda: to_universal(path / name, universal / name))
+            groups = engine.optimizer.param_groups
+            decays = [group["weight_decay"] for group in groups]
+            engine._config.load_universal_checkpoint = True
+            load_engine(engine, universal, name)
+            engine._config.load_universal_checkpoint = False
+            # DeepSpeed's loader for ZeRO 3 gives all groups one weight decay and one counter of
+            # steps, which are parted again.
+            for group, decay in zip(engine.optimizer.param_groups, decays):
+                group["weight_decay"] = decay
+            for state in engine.optimizer.optimizer.state.values():
+                state["step"] = copy.deepcopy(state["step"])
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(universal)
+
+    # -------------------------------------------------------------------------
+    # how a checkpoint is written
+
     def step_done(self, step):
-        """After each step: a checkpoint if one is due, or if any rank was told to stop."""
+        """Called after each step. Saves if a checkpoint is due; told to stop, saves and ends."""
         if not self.config.save_steps:
             return
-        # `deepspeed` dies of a SIGTERM and hands nothing on; then its child, the parent of the ranks, has a new parent
-        orphaned = self.launcher_parent is not None and psutil.Process(os.getppid()).ppid() != self.launcher_parent
-        stop, = all_sum(self.terminated or orphaned)
-        if step % self.config.save_steps == 0 or stop:
+        told_to_stop = self.stop_signal.on_any_rank()
+        if step % self.config.save_steps == 0 or told_to_stop:
             self._write(step)
-        if stop:
-            print0(f"told to stop: {self.folder}/checkpoint-{step} is saved, --resume goes on from it")
+        if told_to_stop:
+            print0(f"told to stop: {self.folder}/checkpoint-{step} is saved, --resume goes on from "
+                   "it")
             sys.exit(128 + signal.SIGTERM)
         if step == self.total_steps:
-            for number, default in self.defaults.items():
-                signal.signal(number, default)
+            self.stop_signal.unwatch()
 
     def finish(self, values, model, **others):
-        """The stage is done, its model saved: its headline numbers go into summary.json (see write_summary)."""
+        """The stage is done and its model saved: marks it as finished (see write_summary)."""
         if dist.get_rank() == 0:
             write_summary(self.config, self.section, values, model, **others)
-            os.sync()  # the model is on the disk before the file by which --resume knows that it is done
+            # The model is on the disk before the file by which --resume knows that it is done.
+            os.sync()
             write_json(self.folder / "run_config.json", self.resolved)
 
     def _write(self, step):
-        temporary, rank = self.folder / f"checkpoint-{step}.tmp", dist.get_rank()
-        writer, written = DurableWriter(temporary), [None] * dist.get_world_size()
+        rank = dist.get_rank()
+        temporary = self.folder / f"checkpoint-{step}.tmp"
         if rank == 0:
             temporary.mkdir()
         dist.barrier()
+
+        # 1. Every rank writes its part of the engines, and its random number generators.
+        writer = DurableWriter(temporary)
         for name, engine in self.engines.items():
             engine.checkpoint_engine = writer
             engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
-        writer.save([state() for state, _ in random_generators()], temporary / f"random-{rank}.pt")
+        states = [get_state() for get_state, _ in random_generators()]
+        writer.save(states, temporary / f"random-{rank}.pt")
+
+        # 2. Rank 0 writes the trainer.
         if self.trainer and rank == 0:
             writer.save(self.trainer.state_dict(), temporary / "trainer.pt")
-        dist.all_gather_object(written, (writer.error, writer.files))
-        on_rank0(lambda: self._complete(step, temporary, written))
 
-    def _complete(self, step, temporary, written):
-        """Rank 0, when all ranks have written: manifest and name of the new checkpoint; then older ones go."""
-        final, errors = self.folder / f"checkpoint-{step}", [error for error, _ in written if error]
-        files = {name: size for _, part in written for name, size in part.items()}
+        # 3. When all have written, rank 0 completes the checkpoint, and older ones go.
+        files = {}
+        errors = []
+        written = [None] * dist.get_world_size()
+        dist.all_gather_object(written, (writer.files, writer.error))
+        for files_of_rank, error in written:
+            files.update(files_of_rank)
+            if error:
+                errors.append(error)
+        on_rank0(lambda: self._complete(step, temporary, files, errors))
+
+    def _complete(self, step, temporary, files, errors):
+        """
+        Rank 0: log, manifest and name of the new checkpoint.
+
+        files   {name: bytes} of what the ranks have written
+        errors  what kept them from it
+        raises  UsageError where the checkpoint is not whole on the disk; the folder is then removed
+        """
+        final = self.folder / f"checkpoint-{step}"
         try:
             if errors:
                 raise OSError(errors[0])
             shutil.copy(self.folder / "metrics.jsonl", temporary)
             files["metrics.jsonl"] = (temporary / "metrics.jsonl").stat().st_size
             write_json(temporary / "manifest.json", {
-                "step": step, "processes": dist.get_world_size(), "seconds": self.seconds + time.time() - self.began,
-                "files": files, "config": self.resolved})
+                "step": step,
+                "processes": dist.get_world_size(),
+                "seconds": self.seconds + time.time() - self.began,
+                "files": files,
+                "config": self.resolved,
+            })
+            # Fails for a file that another host wrote to a folder of its own.
             for name in [*files, "manifest.json", ""]:
-                fsync_path(temporary / name)  # fails for a file that another host wrote to a folder of its own
-            shutil.rmtree(final, ignore_errors=True)  # an incomplete or an earlier run's
+                fsync_path(temporary / name)
+            # A folder of that name is incomplete or an earlier run's.
+            shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             fsync_path(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            older = next((path for path in self._all().values() if not self._read(path)[1]), None)
-            raise UsageError(f"{final} could not be written: {first_line(error)}. It needs room, and all hosts must "
-                             "see it. " + (f"{older} is as it was, and --resume goes on from it." if older else
-                                           "There is no older one.")) from error
-        newer = [path for other, path in self._all().items() if other > step]  # of a run before this one
-        kept = [path for path in self._all().values() if path not in newer][:self.config.save_total_limit]
-        for path in set(self._all().values()) - set(kept):
-            shutil.rmtree(path.rename(path.with_suffix(".tmp")))  # never half of one under its name
+            raise UsageError(f"{final} could not be written: {first_line(error)}. It needs room, "
+                             f"and all hosts must see it. {self._what_is_left()}") from error
+        self._remove_others(step)
+
+    def _what_is_left(self):
+        for path in self._all().values():
+            _, lack = self._read(path)
+            if not lack:
+                return f"{path} is as it was, and --resume goes on from it."
+        return "There is no older one."
+
+    def _remove_others(self, step):
+        """Keeps --save_total_limit checkpoints: this step's and those before it."""
+        kept = 0
+        for other, path in self._all().items():
+            from_an_earlier_run = other > step
+            if kept < self.config.save_total_limit and not from_an_earlier_run:
+                kept += 1
+                continue
+            # Renamed first, because half of a checkpoint must never have its name.
+            shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def make_output_dir(path):
+    """Rank 0, before anything slow. Raises UsageError where nothing can be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {path} cannot be made: {first_line(error)}.") from error
+    if not os.access(path, os.W_OK):
+        raise UsageError(f"--output_dir {path}: nothing may be written there; name another folder.")
+
+
+class DurableWriter(TorchCheckpointEngine):
+    """
+    Writes DeepSpeed's files so that they are on the disk when `save` returns.
+
+    files  {name below the folder: bytes} of what was written
+    error  the first error, or None. It is kept and not raised, because the other ranks are waiting
+           in a collective
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.files = {}
+        self.error = None
+
+    def save(self, state_dict, path):
+        try:
+            with open(path, "wb") as file:
+                torch.save(state_dict, file)
+            fsync_path(path)
+            self.files[str(Path(path).relative_to(self.folder))] = os.path.getsize(path)
+        except (OSError, RuntimeError) as error:
+            if self.error is None:
+                # torch hides a full disk's OSError behind a RuntimeError of its own.
+                self.error = first_line(error.__context__ or error)
+            # Makes room for DeepSpeed's small files, which nothing guards.
+            Path(path).unlink(missing_ok=True)
+
+
+def load_engine(engine, folder, name):
+    """DeepSpeed's files in folder/name -> the engine."""
+    loaded_path, _ = engine.load_checkpoint(str(folder), tag=name)
+    assert loaded_path, f"{folder / name} was not loaded"
 
 
 def to_universal(folder, target):
-    """DeepSpeed's files of some number of ranks -> its universal checkpoint, which any number of ranks can load."""
-    arguments = argparse.Namespace(input_folder=str(folder), output_folder=str(target), num_extract_workers=1,
-                                   num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
+    """
+    DeepSpeed's files of some number of ranks -> its universal checkpoint, which any number of ranks
+    can load.
+    """
+    arguments = argparse.Namespace(
+        input_folder=str(folder), output_folder=str(target), num_extract_workers=1,
+        num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
     try:
         with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
             ds_to_universal.main(arguments)
     except (AssertionError, KeyError, RuntimeError, OSError) as error:
-        raise UsageError(f"{folder}: DeepSpeed cannot bring it to another number of processes ({first_line(error)}); "
-                         "go on with as many as before.") from error
+        raise UsageError(f"{folder}: DeepSpeed cannot bring it to another number of processes "
+                         f"({first_line(error)}); go on with as many as before.") from error
 
 
 def random_generators():
-    """(function that returns the state, function that sets it) of each random number generator of this rank."""
+    """(function that returns the state, function that sets it) of each generator of this rank."""
     accelerator = get_accelerator()
-    return ((random.getstate, random.setstate), (np.random.get_state, np.random.set_state),
-            (torch.get_rng_state, torch.set_rng_state), (accelerator.get_rng_state, accelerator.set_rng_state))
+    return [(random.getstate, random.setstate),
+            (np.random.get_state, np.random.set_state),
+            (torch.get_rng_state, torch.set_rng_state),
+            (accelerator.get_rng_state, accelerator.set_rng_state)]
 
 
 def fsync_path(path):

@@ -119,9 +119,9 @@ class DataConfig(CheckedConfig):
     data_weights: list[float] = flag([], "copies of each source; 0.5: every other row; default 1")
     max_eval_samples: int = flag(512, "held-out rows used for evaluation, at most", at_least=1)
     max_seq_len: int = flag(512, "tokens of prompt + answer; longer answers are cut", at_least=1)
-    max_prompt_seq_len: int = flag(256, "tokens of a prompt to answer; longer are dropped", at_least=1)
+    max_prompt_seq_len: int = flag(256, "tokens of a prompt to answer; longer: dropped", at_least=1)
     max_answer_seq_len: int = flag(256, "tokens of a generated answer", at_least=1)
-    chat_template: str = flag("", "Jinja text or file; default: the tokenizer's, or Human/Assistant")
+    chat_template: str = flag("", "Jinja text or file; default: the model's, or Human/Assistant")
     seed: int = flag(1234, "of split, order, initial weights and sampling")
 
 
@@ -132,7 +132,7 @@ class RunConfig(DataConfig):
     deepspeed_config: str = flag("", "DeepSpeed JSON; default configs/1gpu.json, or cpu.json")
     zero_stage: int = flag(-1, "ZeRO stage 0-3, over the JSON's; -1: the JSON's")
     per_device_train_batch_size: int = flag(8, "rows in one forward and backward", at_least=1)
-    gradient_accumulation_steps: int = flag(1, "such micro-batches in an optimizer step", at_least=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches in an optimizer step", at_least=1)
     weight_decay: float = flag(0.0, "of matrices; biases and norms have none", at_least=0)
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",

@@ -1,7 +1,7 @@
 """
 LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685): a linear layer W becomes
 
-    W x + (alpha / dim) B A x           with A (dim, in) and B (out, dim) trained, and W often frozen
+    W x + (alpha / dim) B A x          with A (dim, in) and B (out, dim) trained, and W often frozen
 
 B starts at zero, so the model starts as it was. With W frozen (--only_optimize_lora) the model with
 its adapters off stays the one it started from, which PPO and DPO use as their reference, for no
@@ -86,6 +86,7 @@ def add_lora(model, config):
         if hasattr(model, "score"):
             model.score.requires_grad_(True)  # because a new head has to be learned
 
+    # Every chosen linear layer is replaced, where its parent holds it, by a LoRALinear around it.
     wrapped = 0
     for parent_name, parent in list(model.named_modules()):
         for child_name, child in list(parent.named_children()):
@@ -101,9 +102,10 @@ def add_lora(model, config):
                 setattr(parent, child_name, LoRALinear(child, config.lora_dim, alpha))
                 wrapped += 1
 
+    # Names that chose the head, or nothing.
     if isinstance(model.get_output_embeddings(), LoRALinear):
-        raise UsageError(f"--lora_module_name {config.lora_module_name} is in the name of the head, "
-                         "which takes no adapter; name linear layers of the blocks.")
+        raise UsageError(f"--lora_module_name {config.lora_module_name} is in the name of the head,"
+                         " which takes no adapter; name linear layers of the blocks.")
     if not wrapped:
         linear = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
         raise UsageError(f"--lora_module_name {config.lora_module_name} is in no linear layer's "
@@ -164,6 +166,7 @@ def save_adapter(adapters, head, model, folder):
     head      name -> tensor of what else was trained: a reward model's score, because PEFT looks
               for it in every adapter of task type SEQ_CLS
     """
+    # The tensors, under the names that PEFT gives them.
     folder.mkdir()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     layer = next(iter(layers.values()))
@@ -172,6 +175,7 @@ def save_adapter(adapters, head, model, folder):
     tensors.update(head)
     save_file({f"base_model.model.{name}": t.contiguous() for name, t in tensors.items()},
               folder / "adapter_model.safetensors")
+    # The config by which PEFT rebuilds the layers.
     peft_config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",

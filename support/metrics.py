@@ -72,6 +72,10 @@ class MetricsLog:
         print(f"step {step:>5}/{self.total_steps}  {'  '.join(means)}  "
               f"{1 / seconds_a_step:5.2f} steps/s  {left:4.0f} s left", flush=True)
 
+    def answers(self, answered):
+        """Prints three of the pairs of record and answer."""
+        print_answers(answered)
+
 
 class Sums(dict):
     """Running sums of named numbers (or 0-dim tensors), which end as sums over all ranks."""

@@ -331,7 +331,7 @@ def write_folder(model, tokenizer, state, folder):
 
 
 def replace_files(staging, folder):
-    """Moves the new files into the folder and removes the older model's that they do not replace."""
+    """Moves the new files into the folder, and removes what an older model left beside them."""
     new_files = sorted(staging.iterdir())
     older_weights = set(folder.glob("model*.safetensors*")) - {folder / f.name for f in new_files}
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # an earlier run's

@@ -33,7 +33,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 # start and end of a stage
 
 def run_stage(main, config_class, doc):
-    """`main(config)` for the command line. What the user can mend ends with one sentence, code 2."""
+    """`main(config)` for the command line. What the user can mend ends in one sentence, code 2."""
     with exit_on_usage_error():
         config = parse_config(config_class, doc)
         default_model_paths(config)
@@ -226,8 +226,8 @@ SILENT_BEATS = 15  # a rank that is not heard for 75 s is lost
 
 def watch_hosts():
     """
-    Ends this process, with a sentence that names the host, when a rank on another host falls silent.
-    A host that loses its power or its link closes no connection, so the others would wait in their
+    Ends this process, with a sentence that names the host, when a rank on another falls silent. A
+    host that loses its power or its link closes no connection, so the others would wait in their
     next collective for its timeout: an hour, which a long save or evaluation may need. On one host
     nothing is watched, because there the launcher ends the others.
 
@@ -238,8 +238,8 @@ def watch_hosts():
     """
     rank = dist.get_rank()
     world = dist.get_world_size()
-    # a socket of its own
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(master, port, is_master=False)  # has a socket of its own
     keys = [f"heartbeat/{r}" for r in range(world)]
     store.set(keys[rank], f"0 {socket.gethostname()} ({host_address()})")
     heard = store.multi_get(keys)  # waits until all keys are there

@@ -25,7 +25,8 @@ def load_reward_function(name):
     """
     path, _, function = name.rpartition(":")
     if name.endswith(".py"):
-        raise UsageError(f"--reward_fn {name}: the function is missing; {name}:function is the form.")
+        raise UsageError(f"--reward_fn {name}: the function is missing; {name}:function is the "
+                         "form.")
     if not path.endswith(".py"):
         return None
     if not Path(path).is_file():

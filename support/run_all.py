@@ -8,19 +8,23 @@ What run_all.sh needs Python for:
 import importlib
 import json
 import sys
-from itertools import groupby
 
 from support.flags import exit_on_usage_error, parse_config
 
 
 def check(words):
     """
-    Every stage's flags, and whether it can use the data, so that a wrong word of the last stage does
-    not show after the hours of the first.
+    Every stage's flags, and whether it can use the data, so that a wrong word of the last stage
+    does not show after the hours of the first.
     """
     from data import load_records
 
-    stages = [list(part) for is_end, part in groupby(words, lambda word: word == "--") if not is_end]
+    stages = [[]]
+    for word in words:
+        if word == "--":
+            stages.append([])
+        else:
+            stages[-1].append(word)
     for number, (name, *flags) in enumerate(stages, 1):
         sys.argv[0] = f"{name}.py"  # the errors speak of that script
         stage = importlib.import_module(name)

@@ -16,10 +16,10 @@ import torch
 
 import data
 from support import toy
-from data import (Collator, FORMS, MicroBatches, Preference, as_prompt, count_steps, encode_answers,
-                  encode_prompts, encode_records, encode_text, hold_out, load_records,
-                  load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share, read_source,
-                  split_indices, to_records, training_steps)
+from data import (Collator, FORMS, MicroBatches, Preference, as_messages, count_steps,
+                  encode_answers, encode_prompts, encode_records, encode_text, hold_out,
+                  load_records, load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share,
+                  read_source, split_indices, to_records, training_steps)
 from support.flags import DataConfig, UsageError
 from support.toy import toy_gold, toy_questions, toy_rows
 
@@ -102,6 +102,18 @@ def test_a_question_is_held_out_of_earlier_turns_too():
     asked = {record.prompt[-1]["content"] for record in held}
     assert (len(asked) == 5 and asked.isdisjoint(message["content"] for record in train for message in record.prompt)
             and len(train) > 150)
+
+
+def test_rows_may_say_what_they_are_held_out_as():
+    """Other words for the same question share its `hold_out_as`; null is the question itself."""
+    rows = []
+    for i in range(40):
+        rows.append({"prompt": f"q{i}", "response": "x", "hold_out_as": None})
+        rows.append({"prompt": f"Please: q{i}", "response": "x", "hold_out_as": [f"q{i}"]})
+    train, held = hold_out(records_of(rows), seed=0)
+    asked = [{record.prompt[0]["content"].removeprefix("Please: ") for record in part}
+             for part in (train, held)]
+    assert len(train) == 72 and len(held) == 8 and not asked[0] & asked[1]
 
 
 def all_stages(**flags):
@@ -318,10 +330,10 @@ def test_rows_that_do_not_hold_text_are_named(row):
 def test_dialogues():
     text = "\n\nHuman: Hi\n\nAssistant: Hello!\nHow are you?\n\nHuman: Fine.\n\nAssistant:"
     assert parse_dialogue(text) == user("Hi") + assistant("Hello!\nHow are you?") + user("Fine.") + assistant("")
-    assert as_prompt(text) == parse_dialogue(text)[:-1], "the open turn is the template's to write"
+    assert as_messages(text) == parse_dialogue(text)[:-1], "the open turn is the template's to write"
     assert parse_dialogue("Human beings: what are they?") == user("Human beings: what are they?")
     assert parse_dialogue("Human: hi") == user("hi"), "as it stands where line ends were stripped"
-    assert (as_prompt([{"role": "system", "content": "Be kind."}] + user("Hi"))
+    assert (as_messages([{"role": "system", "content": "Be kind."}] + user("Hi"))
             == [{"role": "system", "content": "Be kind."}] + user("Hi"))
 
 

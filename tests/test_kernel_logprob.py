@@ -1,14 +1,19 @@
-"""kernels/logprob.py against its definitions, forward and backward. How to run: tests/kernel_checks.py."""
+"""
+kernels/logprob.py against its definitions, forward and backward. How to run:
+tests/kernel_checks.py.
+"""
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, INTERPRETED, assert_as_exact_as_pytorch, poisoned_empty  # noqa: F401
+from kernel_checks import (DEVICE, DTYPES, INTERPRETED, assert_as_exact_as_pytorch,
+                           poisoned_empty)  # noqa: F401
 
 from kernels import logprob
-from kernels.logprob import (linear_logprobs, linear_logprobs_reference, token_logprobs, token_logprobs_reference)
+from kernels.logprob import (linear_logprobs, linear_logprobs_reference, token_logprobs,
+                             token_logprobs_reference)
 
 
 def value_and_grad(fn, logits, targets, dlogp):
@@ -23,7 +28,8 @@ def in_float64(logits, targets):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, V", [(1, 1), (3, 7), (5, 1000), (4, 4096), (2, 4097), (3, 9001), (2, 50272), (2, 151936)])
+@pytest.mark.parametrize("N, V", [(1, 1), (3, 7), (5, 1000), (4, 4096), (2, 4097), (3, 9001),
+                                  (2, 50272), (2, 151936)])
 def test_token_logprobs(N, V, dtype, poisoned_empty):
     torch.manual_seed(0)
     logits = (8 * torch.randn(N, V, device=DEVICE)).to(dtype)
@@ -41,12 +47,17 @@ def test_rows_of_a_view():
     torch.manual_seed(0)
     wide = torch.randn(6, 50, device=DEVICE)
     view, targets = wide[:, :37], torch.randint(37, (6,), device=DEVICE)
-    torch.testing.assert_close(token_logprobs(view, targets), token_logprobs_reference(view, targets))
+    expected = token_logprobs_reference(view, targets)
+    torch.testing.assert_close(token_logprobs(view, targets), expected)
 
 
 def test_certain_and_impossible_tokens():
-    """Worked by hand: one logit dominates, so logp is 0 for it and the gap for the other; -inf is a banned token."""
-    logits = torch.tensor([[100.0, 0.0, -float("inf")], [100.0, 0.0, -float("inf")]], device=DEVICE)
+    """
+    Worked by hand: one logit dominates, so logp is 0 for it and the gap for the other; -inf is a
+    banned token.
+    """
+    row = [100.0, 0.0, -float("inf")]
+    logits = torch.tensor([row, row], device=DEVICE)
     logp = token_logprobs(logits, torch.tensor([0, 1], device=DEVICE))
     torch.testing.assert_close(logp.cpu(), torch.tensor([0.0, -100.0]))
 
@@ -70,8 +81,10 @@ def head(N, V, C, dtype, bias):
 
 
 def linear_value_and_grad(fn, hidden, weight, bias, targets, dlogp, temperature):
-    leaves = [t.detach().clone().requires_grad_(True) for t in (hidden, weight, bias) if t is not None]
-    logp, entropy = fn(leaves[0], leaves[1], targets, leaves[2] if len(leaves) == 3 else None, temperature)
+    leaves = [t for t in (hidden, weight, bias) if t is not None]
+    leaves = [t.detach().clone().requires_grad_(True) for t in leaves]
+    leaf_bias = leaves[2] if len(leaves) == 3 else None
+    logp, entropy = fn(leaves[0], leaves[1], targets, leaf_bias, temperature)
     assert not entropy.requires_grad
     logp.backward(dlogp.to(logp.dtype))
     return [logp.detach(), entropy, *(t.grad for t in leaves)]
@@ -85,17 +98,18 @@ def linear_in_float64(hidden, weight, targets, bias, temperature):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N, V, C, bias, temperature, slice_of",
-                         [(1, 5, 3, False, 1.0, 2**21), (7, 1300, 33, True, 0.7, 512), (5, 2047, 64, False, 1.0, 512),
-                          (24, 50272, 48, True, 1.3, 24 * 20000)])
+                         [(1, 5, 3, False, 1.0, 2**21), (7, 1300, 33, True, 0.7, 512),
+                          (5, 2047, 64, False, 1.0, 512), (24, 50272, 48, True, 1.3, 24 * 20000)])
 def test_linear_logprobs(N, V, C, bias, temperature, slice_of, dtype, monkeypatch, poisoned_empty):
     """slice_of / N columns at a time (512 at least): one slice, several, and a narrow last one."""
     monkeypatch.setattr(logprob, "SLICE", dict(cpu=slice_of, cuda=slice_of))
     hidden, weight, bias, targets = head(N, V, C, dtype, bias)
     dlogp = torch.randn(N, device=DEVICE)
     double = [None if t is None else t.double() for t in (hidden, weight, bias)]
+    arguments = (hidden, weight, bias, targets, dlogp, temperature)
     exact = linear_value_and_grad(linear_in_float64, *double, targets, dlogp.double(), temperature)
-    ours = linear_value_and_grad(linear_logprobs, hidden, weight, bias, targets, dlogp, temperature)
-    theirs = linear_value_and_grad(linear_logprobs_reference, hidden, weight, bias, targets, dlogp, temperature)
+    ours = linear_value_and_grad(linear_logprobs, *arguments)
+    theirs = linear_value_and_grad(linear_logprobs_reference, *arguments)
     names = ["logp", "entropy", "dhidden", "dweight", "dbias"][:len(exact)]
     assert_as_exact_as_pytorch(names, exact, ours, theirs, dtype)
 
@@ -108,12 +122,14 @@ def test_linear_logprobs_of_a_frozen_head_and_a_banned_token():
     (ours,) = torch.autograd.grad(logp.sum(), hidden)
     logp_r, entropy_r = linear_logprobs_reference(hidden, weight, targets, bias)
     (theirs,) = torch.autograd.grad(logp_r.sum(), hidden)
-    torch.testing.assert_close((logp, entropy, ours), (logp_r, entropy_r, theirs), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close((logp, entropy, ours), (logp_r, entropy_r, theirs), atol=2e-5,
+                               rtol=1e-4)
 
 
 def test_linear_logprobs_names_the_dtypes():
+    targets = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"hidden is torch.bfloat16 and the head torch.float32"):
-        linear_logprobs(torch.zeros(2, 3).bfloat16(), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64))
+        linear_logprobs(torch.zeros(2, 3).bfloat16(), torch.zeros(5, 3), targets)
 
 
 PEAK = """
@@ -127,7 +143,8 @@ hidden = torch.randn(N, C).bfloat16().requires_grad_(True)
 weight = torch.empty(V, C, dtype=torch.bfloat16).normal_(std=0.02).requires_grad_(True)
 targets = torch.randint(V, (N,))
 fn = getattr(logprob, sys.argv[1])
-fn(hidden[:8], weight[:8], targets[:8] % 8)[0].sum().backward()  # first-call workspaces are no part of the peak
+# the first call's workspaces are no part of the peak
+fn(hidden[:8], weight[:8], targets[:8] % 8)[0].sum().backward()
 hidden.grad = weight.grad = None
 def kilobytes(field):
     return int(open("/proc/self/status").read().split(field + ":")[1].split()[0])
@@ -141,10 +158,17 @@ print((kilobytes("VmHWM") - before) / 1024)
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda" or not os.path.exists("/proc/self/clear_refs"),
                     reason="reads the CPU form's resident memory from Linux")
 def test_linear_logprobs_peak_memory():
-    """Forward + backward of an OPT-125M head on 1,024 tokens: at most 0.35 of the plain form's memory, both with
-    the 77 MB of weight.grad in it. Resident memory's peak over what it was before, each form in its own process."""
-    megabytes = lambda name: float(subprocess.run([sys.executable, "-c", PEAK, name], text=True, check=True,
-                                                  stdout=subprocess.PIPE).stdout)
-    sliced, plain = megabytes("linear_logprobs"), megabytes("linear_logprobs_reference")
-    print(f"peak of forward + backward: {sliced:.0f} MB sliced, {plain:.0f} MB plain, ratio {sliced / plain:.2f}")
+    """
+    Forward + backward of an OPT-125M head on 1,024 tokens: at most 0.35 of the plain form's memory,
+    both with the 77 MB of weight.grad in it. Resident memory's peak over what it was before, each
+    form in its own process.
+    """
+    def megabytes(name):
+        command = [sys.executable, "-c", PEAK, name]
+        return float(subprocess.run(command, text=True, check=True, stdout=subprocess.PIPE).stdout)
+
+    sliced = megabytes("linear_logprobs")
+    plain = megabytes("linear_logprobs_reference")
+    print(f"peak of forward + backward: {sliced:.0f} MB sliced, {plain:.0f} MB plain, "
+          f"ratio {sliced / plain:.2f}")
     assert sliced <= 0.35 * plain

@@ -1,4 +1,6 @@
-"""kernels/rotary.py against complex multiplication in float64. How to run: tests/kernel_checks.py."""
+"""
+kernels/rotary.py against complex multiplication in float64. How to run: tests/kernel_checks.py.
+"""
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, assert_as_exact_as_pytorch, poisoned_empty  # noqa: F401
@@ -11,7 +13,9 @@ def inputs(B, H, KVH, D, R, dtype, interleaved=False, T=9):
     qkv = torch.randn(B, H + 2 * KVH, D, device=DEVICE).to(dtype)
     frequencies = 10000.0 ** (-torch.arange(R // 2, device=DEVICE) / (R // 2))
     positions = torch.randint(50, (B,), device=DEVICE)
-    cos, sin = (table[positions] for table in rotary_tables(frequencies, 50, interleaved=interleaved))
+    cos, sin = rotary_tables(frequencies, 50, interleaved=interleaved)
+    cos = cos[positions]
+    sin = sin[positions]
     cache = torch.zeros(2, B, KVH, T, D, device=DEVICE, dtype=dtype)
     return qkv, cos, sin, cache, torch.tensor(T - 2, device=DEVICE), positions, frequencies
 
@@ -23,7 +27,8 @@ def in_float64(x, positions, frequencies, interleaved):
     pairs = x[..., :R].unflatten(-1, (-1, 2) if interleaved else (2, -1))
     if not interleaved:
         pairs = pairs.transpose(-1, -2)
-    turned = torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)
+    turned = torch.view_as_complex(pairs.contiguous())
+    turned = turned * torch.polar(torch.ones_like(angles), angles)
     turned = torch.view_as_real(turned)
     turned = turned.flatten(-2) if interleaved else turned.transpose(-1, -2).flatten(-2)
     return torch.cat((turned, x[..., R:]), dim=-1)
@@ -31,27 +36,34 @@ def in_float64(x, positions, frequencies, interleaved):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("B, H, KVH, D, R", [(1, 1, 1, 2, 2), (3, 4, 4, 48, 48), (2, 6, 2, 80, 32), (5, 3, 1, 96, 24)])
+@pytest.mark.parametrize("B, H, KVH, D, R", [(1, 1, 1, 2, 2), (3, 4, 4, 48, 48), (2, 6, 2, 80, 32),
+                                             (5, 3, 1, 96, 24)])
 def test_rotary_cache(B, H, KVH, D, R, interleaved, dtype, poisoned_empty):
-    qkv, cos, sin, cache, column, positions, frequencies = inputs(B, H, KVH, D, R, dtype, interleaved)
+    qkv, cos, sin, cache, column, positions, frequencies = inputs(B, H, KVH, D, R, dtype,
+                                                                  interleaved)
     q, k, v = qkv.clone().split((H, KVH, KVH), dim=1)
     their_cache = torch.zeros_like(cache)
     theirs = rotary_cache_reference(qkv.clone(), cos, sin, their_cache, column, interleaved)
     ours = rotary_cache(qkv, cos, sin, cache, column, interleaved)
     exact = [in_float64(x, positions, frequencies, interleaved) for x in (q, k)]
     c = column.item()
-    assert_as_exact_as_pytorch(["q", "k"], exact, [ours, cache[0, :, :, c]], [theirs, their_cache[0, :, :, c]], dtype)
+    assert_as_exact_as_pytorch(["q", "k"], exact, [ours, cache[0, :, :, c]],
+                               [theirs, their_cache[0, :, :, c]], dtype)
     assert torch.equal(cache[1, :, :, c], v)
     assert cache.count_nonzero() == cache[:, :, :, c].count_nonzero()  # no other column was touched
 
 
 def test_without_rotation_and_into_a_view():
-    """No tables (learned positions, ALiBi): only the write. The cache may be the first rows of a larger one."""
+    """
+    No tables (learned positions, ALiBi): only the write. The cache may be the first rows of a
+    larger one.
+    """
     qkv, _, _, _, column, _, _ = inputs(2, 3, 3, 40, 2, torch.float32)
     large = torch.zeros(2, 5, 3, 9, 40, device=DEVICE)
     out = rotary_cache(qkv, None, None, large[:, 1:3], column)
     q, k, v = qkv.split(3, dim=1)
-    assert torch.equal(out, q) and torch.equal(large[0, 1:3, :, 7], k) and torch.equal(large[1, 1:3, :, 7], v)
+    assert torch.equal(out, q)
+    assert torch.equal(large[0, 1:3, :, 7], k) and torch.equal(large[1, 1:3, :, 7], v)
     assert large.count_nonzero() == k.count_nonzero() + v.count_nonzero()
 
 
@@ -62,8 +74,10 @@ def test_scores_depend_on_distance_only(interleaved):
     cos, sin = rotary_tables(frequencies, 50, interleaved=interleaved)
     scores = []
     for far, near in ((9, 5), (34, 30)):
-        q = rotary_cache(qkv.clone(), cos[far:far + 1], sin[far:far + 1], cache, column, interleaved)
-        rotary_cache(qkv.clone(), cos[near:near + 1], sin[near:near + 1], cache, column, interleaved)
+        far = slice(far, far + 1)
+        near = slice(near, near + 1)
+        q = rotary_cache(qkv.clone(), cos[far], sin[far], cache, column, interleaved)
+        rotary_cache(qkv.clone(), cos[near], sin[near], cache, column, interleaved)
         scores.append((q * cache[0, :, :, column.item()]).sum())
     torch.testing.assert_close(scores[0], scores[1])
 

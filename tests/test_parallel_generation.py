@@ -87,7 +87,7 @@ def families(rank, ranks):
             model = make()
             whole = InferenceEngine(model).generate(union_ids, union_mask, max_new_tokens=new, temperature=0)
             for pack in (True, False)[:1 + (ranks == 2)]:
-                engine = InferenceEngine(model, tp_group=dist.group.WORLD, pack=pack)
+                engine = InferenceEngine(model, tp_size=dist.get_world_size(), pack=pack)
                 expect(engine.generate(ids, mask, max_new_tokens=new, temperature=0), whole, rank, ranks)
 
 
@@ -98,22 +98,21 @@ def four_ranks(rank, ranks):
         model = small_model(name)
         sampling = dict(max_new_tokens=R, temperature=0.9, top_p=0.95, eos_token_id=EOS, num_return_sequences=2)
         whole = InferenceEngine(model).generate(union_ids, union_mask, seed=7, **sampling)
-        engine = InferenceEngine(model, tp_group=dist.group.WORLD)
+        engine = InferenceEngine(model, tp_size=dist.get_world_size())
         rollout = engine.generate(ids, mask, seed=7 if rank == 0 else 1000 + rank, **sampling)
         expect(rollout, whole, rank, ranks, copies=2)
         assert engine.memory["kv cache"] > 0 and engine.cache is None
 
     # 2 x 2: each pair for itself, the first stops at once and the second goes on: nobody waits for anybody
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     model, pair = small_model("llama"), rank // 2
-    rollout = InferenceEngine(model, tp_group=pairs[pair]).generate(
+    rollout = InferenceEngine(model, tp_size=2).generate(
         ids, mask, max_new_tokens=R, temperature=0, eos_token_id=list(range(101)) if pair == 0 else None)
     assert rollout.mask.size(1) == (1 if pair == 0 else R)
     alone = InferenceEngine(model).generate(ids, mask, max_new_tokens=R, temperature=0)
     assert torch.equal(rollout.tokens, alone.tokens[:, :rollout.tokens.size(1)])
 
     with pytest.raises(ValueError, match="5 heads"):
-        InferenceEngine(small_model("bloom"), tp_group=dist.group.WORLD).generate(ids, mask, max_new_tokens=R)
+        InferenceEngine(small_model("bloom"), tp_size=dist.get_world_size()).generate(ids, mask, max_new_tokens=R)
 
 
 def zero3_of(model):
@@ -161,7 +160,7 @@ def zero3(rank, ranks):
                 torch.testing.assert_close(rollout.logprobs, own.logprobs, atol=1e-4, rtol=0)
                 assert inference.memory["weights aliased"] == 0
             whole = InferenceEngine(plain).generate(union_ids, union_mask, seed=3, **sampling)
-            both = InferenceEngine(engine.module, tp_group=dist.group.WORLD)
+            both = InferenceEngine(engine.module, tp_size=dist.get_world_size())
             expect(both.generate(ids, mask, seed=3, **sampling), whole, rank, ranks)
             assert partitioned(engine.module) and both.cache is None
             assert all(torch.equal(shard, before[name]) for name, shard in shards(engine.module).items())
@@ -210,7 +209,7 @@ def training_goes_on(rank, ranks):
     ids, mask = prompts_of(rank)
     for change in (lambda model: model, lora):
         disturbed, quiet = (zero3_of(change(small_model("llama"))) for _ in range(2))
-        inference = InferenceEngine(disturbed.module, tp_group=dist.group.WORLD)
+        inference = InferenceEngine(disturbed.module, tp_size=dist.get_world_size())
         step(disturbed), step(quiet)
         before = inference.generate(ids, mask, max_new_tokens=R, temperature=0)
         for call in (1, 4):

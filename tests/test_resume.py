@@ -1,4 +1,7 @@
-"""Runs that survive: whatever ends a run, --resume goes on to the weights and metrics that it would have had."""
+"""
+Runs that survive: whatever ends a run, --resume goes on to the weights and metrics that it would
+have had.
+"""
 
 import json
 import os
@@ -18,9 +21,10 @@ import step2_reward
 import step3_ppo
 from conftest import clean_environment
 from data import load_tokenizer
+from ranks import run_ranks
+from support import checkpoints, metrics, processes
 from support.flags import UsageError
 from support.toy import toy_rows
-from ranks import run_ranks
 from test_ppo import small_models
 
 FOLDERS = {step1_sft: "sft", step2_reward: "reward", step3_ppo: "actor"}
@@ -42,19 +46,23 @@ def folder(tmp_path_factory):
 
 
 def config(stage, folder, out, ranks=1, **flags):
-    """The stage on small models, 7 steps of 4 rows whatever the number of ranks, a checkpoint every 3."""
-    common = dict(output_dir=str(folder / out), data_path=[str(folder / "rows.jsonl")],
-                  deepspeed_config=str(folder / "ds.json"), data_split="1,1,1", max_steps=7, save_steps=3,
-                  max_eval_samples=4, max_seq_len=96, max_prompt_seq_len=80, max_answer_seq_len=8,
-                  per_device_train_batch_size=4 // ranks, weight_decay=1.0)
+    """
+    The stage on small models, 7 steps of 4 rows whatever the number of ranks, a checkpoint every 3.
+    """
+    common = dict(
+        output_dir=str(folder / out), data_path=[str(folder / "rows.jsonl")],
+        deepspeed_config=str(folder / "ds.json"), data_split="1,1,1", max_steps=7, save_steps=3,
+        max_eval_samples=4, max_seq_len=96, max_prompt_seq_len=80, max_answer_seq_len=8,
+        per_device_train_batch_size=4 // ranks, weight_decay=1.0)
     if stage is step3_ppo:
-        common |= dict(actor_model_name_or_path=str(folder / "actor"),
-                       critic_model_name_or_path=str(folder / "reward"), enable_ema=True, actor_learning_rate=1e-3,
-                       critic_learning_rate=1e-3, per_device_generation_batch_size=8 // ranks, ppo_epochs=2,
-                       kl_target=1.0)
+        common |= dict(
+            actor_model_name_or_path=str(folder / "actor"),
+            critic_model_name_or_path=str(folder / "reward"), enable_ema=True,
+            actor_learning_rate=1e-3, critic_learning_rate=1e-3,
+            per_device_generation_batch_size=8 // ranks, ppo_epochs=2, kl_target=1.0)
     else:
-        common |= dict(model_name_or_path=str(folder / ("actor" if stage is step1_sft else "reward")),
-                       learning_rate=1e-3)
+        model = "actor" if stage is step1_sft else "reward"
+        common |= dict(model_name_or_path=str(folder / model), learning_rate=1e-3)
     return stage.Config(**common | flags)
 
 
@@ -65,15 +73,20 @@ def train(stage, *arguments, **flags):
 
 def result(folder):
     """All that a run leaves but its times: weights by file and name, metrics, summary."""
-    weights = {(file.parent.name, name): tensor
-               for file in folder.glob("*/model.safetensors") for name, tensor in load_file(file).items()}
-    lines = [json.loads(line)
-             for file in sorted(folder.glob("*/metrics.jsonl")) for line in file.read_text().splitlines()]
-    timeless = [{name: value for name, value in line.items()
-                 if not name.startswith(("time/", "tokens_per_second", "memory"))} for line in lines]
-    numbers = {section: {name: value for name, value in values.items() if name != "seconds"}
-               for section, values in json.loads((folder / "summary.json").read_text()).items()
-               if section in ("sft", "reward", "ppo")}
+    weights = {}
+    for file in folder.glob("*/model.safetensors"):
+        for name, tensor in load_file(file).items():
+            weights[file.parent.name, name] = tensor
+    timeless = []
+    for file in sorted(folder.glob("*/metrics.jsonl")):
+        for line in file.read_text().splitlines():
+            timeless.append({
+                name: value for name, value in json.loads(line).items()
+                if not name.startswith(("time/", "tokens_per_second", "memory"))})
+    summary = json.loads((folder / "summary.json").read_text())
+    numbers = {section: {name: value for name, value in summary[section].items()
+                         if name != "seconds"}
+               for section in summary if section in ("sft", "reward", "ppo")}
     return weights, timeless, numbers
 
 
@@ -88,22 +101,26 @@ def stop_at(monkeypatch, step, how):
     """`how()` runs in the middle of this step, once its metrics are logged."""
     log = metrics.MetricsLog.__call__
 
-    def logged(self, now, metrics):
-        log(self, now, metrics)
+    def logged(self, now, values):
+        log(self, now, values)
         if now == step:
             how()
 
     monkeypatch.setattr(metrics.MetricsLog, "__call__", logged)
 
 
-@pytest.mark.parametrize("stage, zero_stage", [(step1_sft, 2), (step2_reward, 3), (step3_ppo, 0), (step3_ppo, 3)],
-                         ids=["sft-2", "reward-3", "ppo-0", "ppo-3"])
-def test_stop_then_resume_is_the_uninterrupted_run(stage, zero_stage, folder, process_group, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "stage, zero_stage", [(step1_sft, 2), (step2_reward, 3), (step3_ppo, 0), (step3_ppo, 3)],
+    ids=["sft-2", "reward-3", "ppo-0", "ppo-3"])
+def test_stop_then_resume_is_the_uninterrupted_run(stage, zero_stage, folder, process_group,
+                                                   monkeypatch, capsys):
     """By SIGTERM, or by the SIGINT of Ctrl-C where nothing is sharded."""
-    name, default = f"{FOLDERS[stage]}-{zero_stage}", signal.getsignal(signal.SIGINT)
+    name = f"{FOLDERS[stage]}-{zero_stage}"
+    default = signal.getsignal(signal.SIGINT)
+    number = signal.SIGTERM if zero_stage else signal.SIGINT
     train(stage, folder, name + "-whole", zero_stage=zero_stage)
     with monkeypatch.context() as patch:
-        stop_at(patch, 5, lambda: os.kill(os.getpid(), signal.SIGTERM if zero_stage else signal.SIGINT))
+        stop_at(patch, 5, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit, match="143"):
             train(stage, folder, name, zero_stage=zero_stage)
     assert "checkpoint-5 is saved" in capsys.readouterr().out
@@ -113,36 +130,46 @@ def test_stop_then_resume_is_the_uninterrupted_run(stage, zero_stage, folder, pr
     assert_same(result(folder / (name + "-whole")), result(folder / name))
 
 
+def checkpoints_of(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
 def cut(file):
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def test_a_cut_checkpoint_is_skipped_and_the_run_is_still_the_same(folder, process_group, monkeypatch, capsys):
+def test_a_cut_checkpoint_is_skipped_and_the_run_is_still_the_same(folder, process_group,
+                                                                   monkeypatch, capsys):
     train(step1_sft, folder, "cut-whole")
     with monkeypatch.context() as patch:
         stop_at(patch, 7, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(step1_sft, folder, "cut")
     sft = folder / "cut" / "sft"
-    assert sorted(path.name for path in sft.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert checkpoints_of(sft) == ["checkpoint-3", "checkpoint-6"]
     cut(sft / "checkpoint-6" / "model" / "mp_rank_00_model_states.pt")
     (sft / "checkpoint-7.tmp").mkdir()  # a save that was killed
     train(step1_sft, folder, "cut", resume=True)
     out = capsys.readouterr().out
-    assert "checkpoint-6 is skipped, it is not complete: model/mp_rank_00_model_states.pt has" in out
+    assert ("checkpoint-6 is skipped, it is not complete: model/mp_rank_00_model_states.pt has"
+            in out)
     assert "3 of 7 steps are done" in out
     assert_same(result(folder / "cut-whole"), result(folder / "cut"))
-    assert sorted(path.name for path in sft.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert checkpoints_of(sft) == ["checkpoint-3", "checkpoint-6"]
 
-    # finished: left alone with the same flags, whatever the unimportant ones; run again when what it read has changed
+    # finished: left alone with the same flags, whatever the unimportant ones; run again when what
+    # it read has changed
     before = (sft / "model.safetensors").stat().st_mtime_ns
     train(step1_sft, folder, "cut", resume=True, save_steps=2, logging_steps=1)
-    assert "done already" in capsys.readouterr().out and (sft / "model.safetensors").stat().st_mtime_ns == before
-    for flags, named in ((dict(learning_rate=2e-3), "--learning_rate 0.001, and now it is 0.002"),
-                         (dict(seed=1), "--seed 1234, and now it is 1"),
-                         (dict(max_steps=8), "--max_steps 7"), (dict(zero_stage=2), "--zero_stage (or the JSON's) 0"),
-                         (dict(per_device_train_batch_size=2),
-                          "gradient_accumulation_steps x processes 4, and now it is 2")):
+    assert "done already" in capsys.readouterr().out
+    assert (sft / "model.safetensors").stat().st_mtime_ns == before
+    for flags, named in (
+            (dict(learning_rate=2e-3), "--learning_rate 0.001, and now it is 0.002"),
+            (dict(seed=1), "--seed 1234, and now it is 1"),
+            (dict(max_steps=8), "--max_steps 7"),
+            (dict(zero_stage=2), "--zero_stage (or the JSON's) 0"),
+            (dict(per_device_train_batch_size=2),
+             "gradient_accumulation_steps x processes 4, and now it is 2")):
         with pytest.raises(UsageError) as refused:
             train(step1_sft, folder, "cut", resume=True, **flags)
         assert named in str(refused.value) and "checkpoint-6" in str(refused.value)
@@ -169,45 +196,50 @@ def test_a_cut_checkpoint_is_skipped_and_the_run_is_still_the_same(folder, proce
     finally:
         rows.write_text(text)
 
-    # none that is complete: from the beginning, and nothing of the old run survives the first new checkpoint
+    # none that is complete: from the beginning, and nothing of the old run survives the first new
+    # checkpoint
     for path in sft.glob("checkpoint-*"):
         (path / "manifest.json").unlink()
     (sft / "run_config.json").unlink()
     train(step1_sft, folder, "cut", resume=True, save_steps=2, save_total_limit=1)
     assert "no complete checkpoint" in capsys.readouterr().out
-    assert [path.name for path in sft.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert checkpoints_of(sft) == ["checkpoint-6"]
     assert_same(result(folder / "cut-whole"), result(folder / "cut"))
 
 
 def test_a_run_may_be_moved_as_a_whole(folder, process_group, tmp_path):
-    """An earlier stage's model below --output_dir is the same wherever that lies; another model is not."""
+    """
+    An earlier stage's model below --output_dir is the same wherever that lies; another model is
+    not.
+    """
     resolved = {}
     for place in ("here", "there"):
         shutil.copytree(folder / "actor", tmp_path / place / "sft")
         for name in (f"{place}/sft", "here/sft"):
-            flags = config(step1_sft, tmp_path, place, model_name_or_path=str(tmp_path / name),
-                           data_path=[str(folder / "rows.jsonl")], deepspeed_config=str(folder / "ds.json"))
+            flags = config(
+                step1_sft, tmp_path, place, model_name_or_path=str(tmp_path / name),
+                data_path=[str(folder / "rows.jsonl")], deepspeed_config=str(folder / "ds.json"))
             resolved[place, name] = checkpoints.resolved_config(flags, "sft")
-    assert checkpoints.changed_flag(resolved["here", "here/sft"], resolved["there", "there/sft"]) is None
-    other = checkpoints.changed_flag(resolved["here", "here/sft"], resolved["there", "here/sft"])
-    assert "model_name_or_path" in other
+    here = resolved["here", "here/sft"]
+    assert checkpoints.changed_flag(here, resolved["there", "there/sft"]) is None
+    assert "model_name_or_path" in checkpoints.changed_flag(here, resolved["there", "here/sft"])
 
 
-def test_a_full_disk_ends_in_a_sentence_and_spoils_nothing(folder, process_group, monkeypatch, capsys):
+def test_a_full_disk_ends_in_a_sentence_and_spoils_nothing(folder, process_group, monkeypatch):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    small = (100_000, limits[1])  # bytes: the metrics fit, the weights do not
     train(step2_reward, folder, "full-whole")
     with monkeypatch.context() as patch:
-        # in bytes: the metrics fit, the weights do not
-        stop_at(patch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))
+        stop_at(patch, 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, small))
         try:
             with pytest.raises(UsageError) as full:
                 train(step2_reward, folder, "full")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     reward = folder / "full" / "reward"
-    assert ("checkpoint-6 could not be written: [Errno 27] File too large" in str(full.value)
-            and "checkpoint-3 is as it was" in str(full.value))
-    assert [path.name for path in reward.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert "checkpoint-6 could not be written: [Errno 27] File too large" in str(full.value)
+    assert "checkpoint-3 is as it was" in str(full.value)
+    assert checkpoints_of(reward) == ["checkpoint-3"]
     train(step2_reward, folder, "full", resume=True)
     assert_same(result(folder / "full-whole"), result(folder / "full"))
 
@@ -229,11 +261,13 @@ def go_on(rank, ranks, folder, cases):
 
 @pytest.mark.slow
 def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group, capsys):
-    # the likeliest token only, and one minibatch a rollout: with sampling, and in another order, rows draw other noise
-    # on other ranks
+    # the likeliest token only, and one minibatch a rollout: with sampling, and in another order,
+    # rows draw other noise on other ranks
     ppo = dict(top_p=1e-6, gradient_accumulation_steps=2)
-    cases = [(1, "sft-2", dict(zero_stage=2)), (1, "lora-3", dict(zero_stage=3, lora_dim=2, only_optimize_lora=True)),
-             (2, "reward-3", dict(zero_stage=3)), (3, "ppo-0", dict(zero_stage=0, **ppo)),
+    cases = [(1, "sft-2", dict(zero_stage=2)),
+             (1, "lora-3", dict(zero_stage=3, lora_dim=2, only_optimize_lora=True)),
+             (2, "reward-3", dict(zero_stage=3)),
+             (3, "ppo-0", dict(zero_stage=0, **ppo)),
              (3, "ppo-3", dict(zero_stage=3, **ppo))]
     run_ranks(2, two_ranks, folder, cases)
     for _, name, _ in cases:
@@ -244,18 +278,21 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group
     run_ranks(4, go_on, folder, cases)
     for _, name, _ in cases:
         for ranks in (1, 4):
-            whole, resumed = result(folder / (name + "-whole")), result(folder / f"{name}-{ranks}")
+            whole = result(folder / (name + "-whole"))
+            resumed = result(folder / f"{name}-{ranks}")
             for line, expected in zip(resumed[1], whole[1], strict=True):
                 assert line == pytest.approx(expected, rel=1e-3, abs=1e-4), (name, ranks)
             torch.testing.assert_close(resumed[0], whole[0], atol=2e-6, rtol=0)
-    with pytest.raises(UsageError, match="per_device_train_batch_size x gradient_accumulation_steps x processes 4, "
-                                         "and now it is 8"):
-        train(step1_sft, folder, "sft-2", 1, resume=True, zero_stage=2, per_device_train_batch_size=8)
+    named = ("per_device_train_batch_size x gradient_accumulation_steps x processes 4, "
+             "and now it is 8")
+    with pytest.raises(UsageError, match=named):
+        train(step1_sft, folder, "sft-2", 1, resume=True, zero_stage=2,
+              per_device_train_batch_size=8)
 
 
 def test_killed_processes():
     """kill_and_resume.py in small: SIGKILL to all ranks, then to one of two, at random moments."""
     script = Path(__file__).with_name("kill_and_resume.py")
-    done = subprocess.run([sys.executable, str(script), "--stage", "1", "--times", "2", "--steps", "7"],
-                          env=clean_environment(), capture_output=True, text=True)
+    command = [sys.executable, str(script), "--stage", "1", "--times", "2", "--steps", "7"]
+    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
