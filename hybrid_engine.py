@@ -36,7 +36,7 @@ from kernels.decoder import FAMILIES, Decoder, KVCache, why_unsupported
 from kernels.logprob import token_logprobs
 from kernels.sampling import sample
 from support.flags import UsageError
-from support.processes import device
+from support.processes import device, print0
 
 # AdamW's eps is 1e-5, as in InstructGPT's lineage. With 1e-8 Adam's first steps are about +- the
 # learning rate whatever the gradient.
@@ -118,7 +118,8 @@ def train_step(engine, micro_batches, loss_sum, count):
     loss_sum  function of a micro-batch -> summed loss, not its mean
     count     what the sum runs over (tokens, pairs), counted over all micro-batches and ranks. So
               the gradient does not depend on how rows are dealt to micro-batches, padded or sharded
-    returns   this rank's part of the loss, and the gradient's norm before clipping
+    returns   this rank's part of the loss, and the gradient's norm before clipping, which is None
+              where fp16 overflowed and DeepSpeed skipped the step to lower its loss scale
     """
     world = dist.get_world_size()
     total = 0.0
@@ -129,6 +130,10 @@ def train_step(engine, micro_batches, loss_sum, count):
         total += loss.detach()
         norm = plain_grad_norm(engine)
         engine.step()  # updates at the last micro-batch of gradient_accumulation_steps
+    if engine.fp16_enabled() and not engine.was_step_applied():
+        print0(f"fp16 overflow: this step is skipped ({engine.skipped_steps} so far), and the loss "
+               "scale is lowered")
+        return float(total), None
     if norm is None:
         norm = engine.get_global_grad_norm() or 0
     return float(total), float(norm)
@@ -187,6 +192,10 @@ class ExponentialMovingAverage:
 # -----------------------------------------------------------------------------
 # generating
 
+class NotFiniteError(UsageError, FloatingPointError):
+    """Logits that are no numbers."""
+
+
 @dataclass
 class Rollout:
     """
@@ -243,7 +252,7 @@ class InferenceEngine:
                                    a prompt does not count
         returns                    Rollout of B * num_return_sequences rows
         raises                     ValueError for other padding, or more tokens than the model has
-                                   positions; FloatingPointError for logits that are no numbers
+                                   positions; NotFiniteError for logits that are no numbers
 
         The ranks that share a model (tp_size) call this together, each with its own prompts (any B
         and P), the other arguments equal (rank 0's seed holds), and each gets its own rows back.
@@ -262,8 +271,8 @@ class InferenceEngine:
         mask = eos_before == 0
         R = int(mask.sum(1).max())
         if (logprobs.isnan() & mask).any():
-            raise FloatingPointError("the logits are no numbers (NaN): the model's weights or "
-                                     "activations have overflowed")
+            raise NotFiniteError("the logits are no numbers (NaN): the model's weights or "
+                                 "activations have overflowed")
         mask = mask[:, :R]
         prompts = input_ids.repeat_interleave(num_return_sequences, 0)
         responses = responses[:, :R].masked_fill(~mask, pad_token_id)

@@ -35,7 +35,7 @@ from data import load_stage_data, load_tokenizer, training_steps
 from hybrid_engine import train_engine, train_step
 from support.checkpoints import Checkpoints
 from support.flags import RunConfig, flag
-from support.metrics import MetricsLog, sample_answers
+from support.metrics import MetricsLog, check_finite, sample_answers
 from support.models import load_language_model, save_model
 from support.plan import dry_run
 from support.processes import all_sum, print0, run_stage, setup, to_device
@@ -146,6 +146,7 @@ def main(config):
     # -------------------------------------------------------------------------
     # evaluation, the model, a sample
     ppl = perplexity(engine, data.held_loader)
+    check_finite("held-out rows", {"perplexity": ppl})
     save_model(engine, tokenizer, folder)
     gold = sample_answers(model.model, tokenizer, data.held_records, config)
     seconds = checkpoints.seconds + time.time() - began

@@ -47,7 +47,7 @@ from hybrid_engine import frozen_model, train_engine, train_step
 from support.checkpoints import Checkpoints
 from support.flags import RunConfig, UsageError, flag
 from support.lora import WithoutAdapters
-from support.metrics import MetricsLog, Sums, sample_answers
+from support.metrics import MetricsLog, Sums, check_finite, sample_answers
 from support.models import last_token, load_language_model, load_reward_model, save_model
 from support.plan import dry_run
 from support.processes import print0, run_stage, setup, to_device
@@ -244,6 +244,7 @@ def main(config):
     # -------------------------------------------------------------------------
     # evaluation, the model
     held = evaluate(lambda batch: score_pairs(engine, batch), data.held_loader)
+    check_finite("held-out pairs", held)
     if config.dpo:
         save_model(engine, tokenizer, folder)
         held["gold"] = sample_answers(model.model, tokenizer, data.held_records, config)

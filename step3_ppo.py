@@ -59,11 +59,11 @@ from support.checkpoints import Checkpoints
 from support.doctor import RunDoctor
 from support.flags import RunConfig, UsageError, flag
 from support.lora import WithoutAdapters
-from support.metrics import MetricsLog, Sums
+from support.metrics import MetricsLog, Sums, check_finite
 from support.models import last_token, load_language_model, load_reward_model, save_model
 from support.plan import dry_run
 from support.preflight import preflight
-from support.processes import all_sum, print0, run_stage, setup, to_device
+from support.processes import all_sum, on_any_rank, print0, run_stage, setup, to_device
 from support.reward_functions import load_reward_function
 
 EMA_DECAY = 0.992  # Ouyang et al. 2022, appendix C
@@ -125,6 +125,9 @@ class Config(RunConfig):
         super().check()
         for name in self.reward_fn:
             load_reward_function(name)  # raises where there is none
+            if self.reward_fn.count(name) > 1:
+                raise UsageError(f"--reward_fn {name} is given twice; give it once, with its part in "
+                                 "--reward_weights.")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature}: rollouts are sampled, so it must "
                              "be over 0 (PPO learns nothing from greedy answers).")
@@ -486,13 +489,14 @@ class DeepSpeedPPOTrainer:
         """
         args = self.args
         batch = to_device(prompt_batch)
-        rollout = generator.generate(
-            batch["input_ids"], batch["attention_mask"], max_new_tokens=args.max_answer_seq_len,
-            temperature=args.temperature, top_p=args.top_p,
-            eos_token_id=self.models.eos_token_ids,
-            pad_token_id=self.models.tokenizer.pad_token_id, num_return_sequences=n,
-            # every rank and every call has noise of its own
-            seed=args.seed + 1_000_003 * draw + dist.get_rank())
+        with on_any_rank():
+            rollout = generator.generate(
+                batch["input_ids"], batch["attention_mask"],
+                max_new_tokens=args.max_answer_seq_len, temperature=args.temperature,
+                top_p=args.top_p, eos_token_id=self.models.eos_token_ids,
+                pad_token_id=self.models.tokenizer.pad_token_id, num_return_sequences=n,
+                # every rank and every call has noise of its own
+                seed=args.seed + 1_000_003 * draw + dist.get_rank())
         prompt_mask = batch["attention_mask"].repeat_interleave(n, 0)
         return rollout, torch.cat([prompt_mask, rollout.mask.long()], dim=1)
 
@@ -872,7 +876,7 @@ def main(config):
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
     held = evaluate(trainer, data.held_loader, data.scorer, first)
-    log.answers(held.answered)
+    check_finite("held-out prompts", held.numbers)
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
@@ -881,6 +885,7 @@ def main(config):
     seconds = checkpoints.seconds + time.time() - began
     checkpoints.finish({"seconds": seconds, **held.numbers}, config.actor_model_name_or_path,
                        doctor=doctor.sentences)
+    log.answers(held.answered)
 
     now = held.numbers
     before = first.numbers

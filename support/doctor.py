@@ -84,7 +84,8 @@ def kl_to_the_reference(history):
     kl = column(history[-30:], "objective/kl")
     kl_coef = history[-1].get("objective/kl_coef", 1.0)
     now = kl[-5:].mean()
-    # 0.2 nats a token, and 20 in a short response, are much; without a penalty 5 are.
+    # Nats a response from which on the KL is too much: 0.2 a token, but at least 20. Where no
+    # penalty holds the actor, 5.
     much = 5
     if kl_coef:
         much = max(20, 0.2 * column(history[-10:], "response/length").mean())
@@ -138,6 +139,7 @@ def changes_since_the_start(history):
     first = history[:10]
     last = history[-10:]
 
+    # The actor says the same to everything.
     before = column(first, "objective/entropy").mean()
     now = column(last, "objective/entropy").mean()
     if now < 0.03 * before:
@@ -145,6 +147,7 @@ def changes_since_the_start(history):
             f"entropy collapsed from {before:.2g} to {now:.2g} nats a token: all answers are "
             "becoming one. Raise --kl_coef, lower --actor_learning_rate or stop earlier.")
 
+    # The answers no longer end.
     before = column(first, "response/ended").mean()
     now = column(last, "response/ended").mean()
     if now < before - 0.2:
@@ -152,6 +155,7 @@ def changes_since_the_start(history):
             f"{now:.0%} of the answers end with EOS, {before:.0%} did at first: set "
             "--missing_eos_penalty 1, or raise --max_answer_seq_len if they are cut.")
 
+    # The actor gets worse at what is rewarded.
     scores_before = column(first, "objective/scores")
     before = scores_before.mean()
     now = column(last, "objective/scores").mean()
@@ -160,11 +164,12 @@ def changes_since_the_start(history):
             f"the score fell from {before:.2f} to {now:.2f}: the actor is getting worse by the "
             "reward's own measure. Lower --actor_learning_rate.")
 
+    # The answers grow with the score. Constant scores are left out, because they have no
+    # correlation with anything.
     lengths = column(history[-50:], "response/length")
     scores = column(history[-50:], "objective/scores")
     before = column(first, "response/length").mean()
     now = lengths[-10:].mean()
-    # Constant scores have no correlation with anything.
     if len(lengths) == 50 and now > 1.5 * before and scores.std() > 0:
         if np.corrcoef(lengths, scores)[0, 1] > 0.7:
             found["length"] = (

@@ -17,6 +17,8 @@ from typing import Literal
 
 from transformers import HfArgumentParser
 
+from support.other_names import OTHER_NAMES
+
 
 # -----------------------------------------------------------------------------
 # errors that the user can mend
@@ -248,8 +250,17 @@ def parse_config(config_class, doc, argv=None):
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1, cutoff=0.5)
-        guess = f"; did you mean {near[0]}?" if near else ""
-        raise UsageError(f"unknown argument {unknown[0]}{guess} (--help lists all; flags for one "
-                         "stage of run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
+        words = [word for word in unknown if word.startswith("-")] or unknown[:1]
+        advice = "; ".join(unknown_flag(word.split("=")[0], known) for word in words)
+        raise UsageError(f"unknown argument {advice} (--help lists all; flags for one stage of "
+                         "run_all.sh go into STEP1_ARGS, STEP2_ARGS or STEP3_ARGS)")
     return config
+
+
+def unknown_flag(word, known):
+    """An unknown flag -> the flag and its name here: by the table of other names, then by spelling."""
+    flag_name = word.replace("-", "_").replace("__", "--", 1)
+    if flag_name in OTHER_NAMES:
+        return f"{word}; here that is {OTHER_NAMES[flag_name]}"
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    return f"{word}; did you mean {near[0]}?" if near else word

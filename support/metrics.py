@@ -4,6 +4,7 @@ Metrics: what a run tells people. Its log, its summary, and what a trained model
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import sys
@@ -17,6 +18,7 @@ import transformers
 
 from data import Collator, decode_answers, encode_prompts, rank_share
 from hybrid_engine import InferenceEngine
+from support.flags import UsageError
 from support.processes import all_sum, mean_over_ranks, print0, to_device
 from support.toy import gold_scorer
 
@@ -47,11 +49,17 @@ class MetricsLog:
             self.file = open(Path(folder) / "metrics.jsonl", "a" if done else "w", buffering=1)
 
     def __call__(self, step, metrics):
-        """step counts from 1; metrics are floats, over all ranks."""
+        """
+        step counts from 1; metrics are floats, over all ranks; None is left out.
+
+        raises UsageError, on all ranks, for one that is no finite number: the run has diverged
+        """
+        check_finite(f"step {step}", metrics)
         if not self.is_rank0:
             return
+        metrics = {name: value for name, value in metrics.items() if value is not None}
         metrics = {"step": step, **metrics, "memory_gb": memory_gb()}
-        self.file.write(json.dumps(metrics) + "\n")
+        self.file.write(json.dumps(metrics, allow_nan=False) + "\n")
         if self.monitor is not None and self.monitor.enabled:
             events = [(name, value, step) for name, value in metrics.items() if name != "step"]
             self.monitor.write_events(events)
@@ -64,17 +72,31 @@ class MetricsLog:
         means = []
         for label, name, form in self.columns:
             if name in last:
-                mean = sum(metrics[name] for metrics in self.unprinted) / len(self.unprinted)
+                values = [metrics[name] for metrics in self.unprinted if name in metrics]
+                mean = sum(values) / len(values)
                 means.append(f"{label} {mean:>{form}}")
         self.unprinted = []
         seconds_a_step = (time.time() - self.began) / (step - self.done)
         left = seconds_a_step * (self.total_steps - step)
-        print(f"step {step:>5}/{self.total_steps}  {'  '.join(means)}  "
-              f"{1 / seconds_a_step:5.2f} steps/s  {left:4.0f} s left", flush=True)
+        print0(f"step {step:>5}/{self.total_steps}  {'  '.join(means)}  "
+               f"{1 / seconds_a_step:5.2f} steps/s  {left:4.0f} s left")
 
     def answers(self, answered):
         """Prints three of the pairs of record and answer."""
         print_answers(answered)
+
+
+def check_finite(when, numbers):
+    """
+    Raises UsageError where a number is NaN or infinite. The numbers are those of all ranks, so that
+    all of them end, and this stands before anything is saved, so that nothing good is lost.
+    """
+    wrong = [name for name, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]
+    if wrong:
+        raise UsageError(
+            f"{when}: {', '.join(wrong[:3])} is {numbers[wrong[0]]}, so the training has diverged "
+            "and its weights are lost. Nothing was saved since; older models and checkpoints are as "
+            "they were. Start again with a lower learning rate, or more --num_warmup_steps.")
 
 
 class Sums(dict):

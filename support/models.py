@@ -15,7 +15,6 @@ from pathlib import Path
 import deepspeed
 import safetensors
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -24,7 +23,7 @@ from kernels.decoder import FAMILIES
 from kernels.logprob import linear_logprobs, token_logprobs
 from support.flags import UsageError, check_local_path, first_line
 from support.lora import add_lora, save_adapter, split_lora_state
-from support.processes import CONFIGS, compute_dtype, print0
+from support.processes import CONFIGS, compute_dtype, on_rank0, print0
 
 
 # -----------------------------------------------------------------------------
@@ -289,7 +288,7 @@ def save_model(engine, tokenizer, folder, averages=None):
     their names, so an interrupted save leaves the older model loadable.
 
     averages  name -> tensor that stands in for the weight it averages (EMA)
-    Collective under ZeRO 3; rank 0 writes.
+    Collective; rank 0 writes. Raises UsageError, on all ranks, where it cannot.
     """
     model = engine.module.model
     state = whole_state(engine)
@@ -300,13 +299,21 @@ def save_model(engine, tokenizer, folder, averages=None):
         tied = all_names - dict(model.named_parameters()).keys()
         state = {name: averages.get(name, tensor).to(tensor)
                  for name, tensor in state.items() if name not in tied}
-    if dist.get_rank() == 0:
-        folder = Path(folder)
-        staging = folder / ".saving"
-        shutil.rmtree(staging, ignore_errors=True)
+    on_rank0(lambda: write_and_replace(model, tokenizer, state, Path(folder)))
+
+
+def write_and_replace(model, tokenizer, state, folder):
+    """Rank 0. Raises UsageError where the disk is full, say; the older model then stays."""
+    staging = folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
         write_folder(model, tokenizer, state, staging)
         replace_files(staging, folder)
-    dist.barrier()
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UsageError(f"{folder}: the model could not be saved ({first_line(error)}). Make room, "
+                         "then go on from the newest checkpoint by --resume, if --save_steps made "
+                         "one; a model that was there before is as it was.") from error
 
 
 def whole_state(engine):

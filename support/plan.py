@@ -410,6 +410,7 @@ def dry_run(config, stage):
         if config.unsupervised_data_path:
             text = config.max_seq_len
 
+    # Memory: what is planned, then the table.
     dtype = str(compute_dtype(ds_config)).removeprefix("torch.")
     zero_stage = ds_config["zero_optimization"]["stage"]
     rollout = f", {generated} a rollout" if generated else ""
@@ -419,6 +420,7 @@ def dry_run(config, stage):
                               checkpointing, tp, cpu, text)
     print_memory(models, plan, peaks, cpu)
 
+    # Time: of the run, or of 100,000 rows where the flags do not say how long it is.
     flops = training_flops(models, tokens, generated, checkpointing, epochs, text)
     if config.max_steps > 0:
         rows_a_step = generated or rows * config.gradient_accumulation_steps

@@ -12,7 +12,7 @@ import random
 import socket
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,6 +34,9 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 def run_stage(main, config_class, doc):
     """`main(config)` for the command line. What the user can mend ends in one sentence, code 2."""
+    # A terminal or log file that is not UTF-8 gets \\u5927 for what it cannot write.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     with exit_on_usage_error():
         config = parse_config(config_class, doc)
         default_model_paths(config)
@@ -135,6 +138,12 @@ def deepspeed_settings(config):
     zero["stage"] = zero.get("stage", 0) if config.zero_stage == -1 else config.zero_stage
     if zero["stage"] not in (0, 1, 2, 3):
         raise UsageError(f"--zero_stage {zero['stage']}: ZeRO has the stages 0, 1, 2 and 3.")
+    if compute_dtype(ds_config) == torch.float16 and zero["stage"] == 0:
+        # engine.backward scales the loss for ZeRO's optimizers only, while the optimizer without
+        # ZeRO divides the gradients by the loss scale all the same.
+        raise UsageError(f"--deepspeed_config {path}: fp16 without ZeRO would train next to nothing, "
+                         "because DeepSpeed scales the loss for ZeRO's optimizers only. Give "
+                         "--zero_stage 1, or bf16 in its place.")
     ds_config.update(train_micro_batch_size_per_gpu=config.per_device_train_batch_size,
                      gradient_accumulation_steps=config.gradient_accumulation_steps,
                      steps_per_print=sys.maxsize)
@@ -169,9 +178,10 @@ def to_device(batch):
 
 
 def print0(*args, sep=" "):
-    """Prints on rank 0."""
+    """Prints on rank 0. A log that cannot be written to (full disk, closed pipe) ends no run."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        print(*args, sep=sep, flush=True)
+        with suppress(OSError):
+            print(*args, sep=sep, flush=True)
 
 
 def all_sum(*values):

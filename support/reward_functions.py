@@ -3,9 +3,11 @@ Rewards of one's own: Python functions with TRL's signature, named on the comman
 `--reward_fn file.py:function`.
 """
 
+import copy
 import functools
 import importlib.util
 import inspect
+import math
 import sys
 import traceback
 from pathlib import Path
@@ -24,6 +26,10 @@ def load_reward_function(name):
     raises UsageError for a file or function that is not there, or a file that cannot be imported
     """
     path, _, function = name.rpartition(":")
+    file = name.rpartition(".")[0].replace(".", "/") + ".py"
+    if not path and not Path(name).exists() and Path(file).is_file():
+        raise UsageError(f"--reward_fn {name}: a function is named by its file, "
+                         f"{file}:{name.rpartition('.')[2]}.")
     if name.endswith(".py"):
         raise UsageError(f"--reward_fn {name}: the function is missing; {name}:function is the "
                          "form.")
@@ -32,9 +38,15 @@ def load_reward_function(name):
     if not Path(path).is_file():
         raise UsageError(f"--reward_fn {name}: the file {path} does not exist.")
 
-    # The file is imported as if it were run: its own imports are looked for beside it.
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    # The file is imported as if by its name: it stands in sys.modules, because dataclasses and
+    # process pools look for their module there, and its own imports are looked for beside it.
+    module_name = Path(path).stem
+    if module_name in sys.modules and not is_module_of(sys.modules[module_name], path):
+        raise UsageError(f"--reward_fn {name}: there is another module named {module_name} in this "
+                         "program; rename the file.")
+    spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
     sys.path.append(str(Path(path).resolve().parent))
     try:
         spec.loader.exec_module(module)
@@ -46,6 +58,11 @@ def load_reward_function(name):
         raise UsageError(f"--reward_fn {name}: {path} has no function {function}; it has "
                          f"{', '.join(known) or 'none'}.")
     return RewardFunction(name, getattr(module, function))
+
+
+def is_module_of(module, path):
+    file = getattr(module, "__file__", None)
+    return file is not None and Path(file).resolve() == Path(path).resolve()
 
 
 class RewardFunction:
@@ -64,7 +81,7 @@ class RewardFunction:
         prompts, completions  texts where the data's `prompt` column holds text, else lists of
                               messages
         columns               the data's other columns; `chosen` and `rejected` always
-        raises                UsageError for another signature, an exception, or no B numbers
+        raises                UsageError for another signature, an exception, or no B finite numbers
         """
         with on_any_rank():
             return self._call(records, answers)
@@ -79,21 +96,27 @@ class RewardFunction:
                 f"--reward_fn {self.name} must take (prompts, completions, **columns), and the "
                 f"data's columns are {columns}: {error}.") from error
         try:
-            returned = self.function(**arguments)
+            # The function gets copies, because what it changes must not change the training data.
+            returned = self.function(**copy.deepcopy(arguments))
         except Exception as error:  # whatever a user's function raises
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise UsageError(
                 f"--reward_fn {self.name} failed in {place.filename}, line {place.lineno}: "
                 f"{type(error).__name__}: {error}. The columns it was given: {columns}.") from error
         try:
-            scores = torch.tensor([float(score) for score in returned])
+            # None is TRL's "does not apply to this answer", which here earns 0.
+            scores = [0.0 if score is None else float(score) for score in returned]
         except (TypeError, ValueError):
             scores = []
         if len(scores) != len(answers):
             raise UsageError(
                 f"--reward_fn {self.name} must return a list of {len(answers)} numbers, one an "
                 f"answer; {type(returned).__name__} {str(returned)[:100]} came.")
-        return scores
+        for score, answer in zip(scores, answers):
+            if not math.isfinite(score):
+                raise UsageError(f"--reward_fn {self.name} gave {score} to the answer "
+                                 f"{answer[:100]!r}; PPO cannot learn from it. Give a number.")
+        return torch.tensor(scores)
 
     def _arguments(self, records, answers):
         if all(isinstance(record.columns.get("prompt"), str) for record in records):

@@ -56,7 +56,7 @@ def test_grpo_by_hand():
     torch.testing.assert_close(grpo(100 * scores + 5, 3), expected, atol=2e-4, rtol=0)
 
 
-def test_kl_penalty_is_the_kl_in_expectation():
+def test_kl_loss_k3_is_the_kl_in_expectation():
     """Over a distribution, pi k3 sums to sum pi log(pi / ref): k3 is unbiased, and no summand is negative."""
     torch.manual_seed(0)
     pi, ref = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
