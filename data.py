@@ -23,11 +23,7 @@ held out from all three.
 """
 
 import copy
-import csv
-import gzip
-import io
 import itertools
-import json
 import math
 import os
 import zlib
@@ -45,7 +41,8 @@ from transformers import AutoTokenizer
 
 from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usage_error,
                            first_line, flag, parse_config)
-from support.toy import gold_scorer, toy_rows, toy_tokenizer
+from support.sources import read_source, read_text
+from support.toy import gold_scorer, toy_tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -224,121 +221,6 @@ def to_records(rows, source):
         if record:
             records.append(record)
     return records, len(rows) - len(records)
-
-
-# -----------------------------------------------------------------------------
-# sources -> rows
-
-def read_text(path):
-    opener = gzip.open if path.endswith(".gz") else open
-    try:
-        # -sig, because Windows writes a mark in front
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            return file.read()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
-
-
-def read_parquet(path):
-    import pyarrow.parquet
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
-
-
-def read_csv(path):
-    text = read_text(path)
-    # The default limit of a field, 131,072 characters, is less than a long dialogue.
-    csv.field_size_limit(2**31 - 1)
-    rows = list(csv.DictReader(io.StringIO(text)))
-    for number, row in enumerate(rows, 1):
-        if None in row:  # DictReader's key of fields beyond the header's
-            raise UsageError(f"{path}, row {number} has more fields than the header; text that "
-                             "holds commas needs quotes around it.")
-    return rows
-
-
-def read_json(path):
-    """.json and .jsonl alike: one list of objects, or one object a line."""
-    text = read_text(path)
-    is_list = text.lstrip().startswith("[")
-    # not splitlines(), because JSON strings may hold U+2028, which it takes for a line's end
-    parts = [text] if is_list else text.split("\n")
-    rows = []
-    for lines_before, part in enumerate(parts):
-        if not part.strip():
-            continue
-        try:
-            value = json.loads(part)
-        except json.JSONDecodeError as error:
-            line = lines_before + error.lineno
-            raise UsageError(f"{path}, line {line}: not JSON ({error.msg}). A .json or .jsonl file "
-                             "holds one object a line, or one list of objects.") from error
-        rows += value if is_list else [value]
-    if not all(isinstance(row, dict) for row in rows):
-        raise UsageError(f"{path}: every row must be a JSON object, {type(rows[0]).__name__} came.")
-    return rows
-
-
-def read_file(path):
-    """A local file -> list of rows, each a dict."""
-    suffix = Path(path.removesuffix(".gz")).suffix
-    if suffix == ".parquet":
-        return read_parquet(path)
-    if suffix == ".csv":
-        return read_csv(path)
-    if suffix in (".json", ".jsonl"):
-        return read_json(path)
-    raise UsageError(f"{path}: files ending in .json, .jsonl, .csv or .parquet are read (the first "
-                     "three .gz too).")
-
-
-def read_folder(folder):
-    """-> (rows of the files named train*, rows of those named test*, eval* or valid*, or None)."""
-    train = []
-    test = []
-    for rows, starts in ((train, "train"), (test, ("test", "eval", "valid"))):
-        for path in sorted(Path(folder).iterdir()):
-            if path.name.startswith(starts):
-                rows.extend(read_file(str(path)))
-    if not train:
-        raise UsageError(f"{folder}: a folder needs files whose names start with train (and, "
-                         "optionally, test): train.jsonl, test.jsonl. Or name the files "
-                         "themselves.")
-    return train, test or None
-
-
-def read_dataset(name):
-    """A hub name, or a folder of datasets' save_to_disk -> (rows, test rows or None)."""
-    from datasets import load_dataset, load_from_disk
-    try:
-        dataset = load_from_disk(name) if os.path.isdir(name) else load_dataset(name)
-    except Exception as error:  # of any kind, because the hub's client raises many
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UsageError(f"{name} is neither a local file or folder nor a dataset that could be "
-                         f"fetched from the hub ({reason}).") from error
-    if "train" not in dataset:
-        raise UsageError(f"{name} has no split named train, only {', '.join(dataset)}.")
-    for split in ("test", "validation", "eval"):
-        if split in dataset:
-            return dataset["train"].to_list(), dataset[split].to_list()
-    return dataset["train"].to_list(), None
-
-
-def read_source(source):
-    """--data_path entry -> (rows, test rows, or None where the source has no test split)."""
-    if source == "toy":
-        return toy_rows(), None
-    if os.path.isfile(source):
-        return read_file(source), None
-    if os.path.isdir(source) and not os.path.exists(os.path.join(source, "dataset_dict.json")):
-        return read_folder(source)
-    endings = (".json", ".jsonl", ".gz", ".csv", ".parquet")
-    if source.startswith((".", "/", "~")) or source.endswith(endings):
-        raise UsageError(f"{source} does not exist. --data_path takes toy, a file, a folder or a "
-                         "dataset's hub name.")
-    return read_dataset(source)
 
 
 # -----------------------------------------------------------------------------
@@ -890,10 +772,15 @@ class StageData:
     held_records: list        # the held-out Preferences
     total_steps: int          # of the run
     scorer: object            # f(record, answer) -> exact mark in [0, 1]; None if there is none
+    text_batches: object      # iterator of PPO's mixture: load_text_batches; None if there is none
 
 
-def load_stage_data(config, stage, tokenizer, rank, world, log=print):
-    """--data_path and the flags about lengths and batches -> StageData of a stage: 1, 2 or 3."""
+def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
+    """
+    --data_path and the flags about lengths and batches -> StageData of a stage: 1, 2 or 3.
+
+    done  steps of the run that a checkpoint holds
+    """
     max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
     train_records, held_records = load_records(config, stage, log)
     train_set = encode_records(train_records, tokenizer, stage, max_len, log)
@@ -912,7 +799,13 @@ def load_stage_data(config, stage, tokenizer, rank, world, log=print):
                                        config.seed, rank, world)
     held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
-    return StageData(train_loader, held_loader, held_records, total_steps, gold_scorer(config))
+    text_batches = None
+    if getattr(config, "unsupervised_data_path", None):  # a flag of stage 3 alone
+        updates = config.updates_per_rollout
+        text_batches = load_text_batches(config, tokenizer, total_steps * updates, done * updates,
+                                         rank, world, log)
+    return StageData(train_loader, held_loader, held_records, total_steps, gold_scorer(config),
+                     text_batches)
 
 
 def load_text_batches(config, tokenizer, steps, done, rank, world, log=print):

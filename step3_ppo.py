@@ -51,8 +51,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from data import (decode_answers, load_stage_data, load_text_batches, load_tokenizer,
-                  training_steps)
+from data import decode_answers, load_stage_data, load_tokenizer, training_steps
 from hybrid_engine import (ExponentialMovingAverage, InferenceEngine, frozen_model, train_engine,
                            train_step)
 from support.checkpoints import Checkpoints
@@ -814,13 +813,8 @@ def main(config):
     # -------------------------------------------------------------------------
     # data
     tokenizer = load_tokenizer(config.actor_model_name_or_path, config.chat_template)
-    data = load_stage_data(config, 3, tokenizer, rank, world, log=print0)
+    data = load_stage_data(config, 3, tokenizer, rank, world, checkpoints.done, log=print0)
     total_steps = data.total_steps
-    unsupervised = None
-    if config.unsupervised_data_path:
-        updates = config.updates_per_rollout
-        unsupervised = load_text_batches(config, tokenizer, total_steps * updates,
-                                         checkpoints.done * updates, rank, world, log=print0)
 
     # -------------------------------------------------------------------------
     # models, optimisers and learning-rate schedules (made in hybrid_engine.train_engine)
@@ -860,7 +854,7 @@ def main(config):
             answers = decode_answers(tokenizer, experience)
             gold = mean_gold(data.scorer, prompt_batch["records"], answers)
             trainer.metrics["objective/gold"] = gold
-        trainer.train_rlhf(experience, unsupervised)
+        trainer.train_rlhf(experience, data.text_batches)
 
         # what is said about it
         if config.eval_steps and step % config.eval_steps == 0:

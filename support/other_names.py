@@ -1,6 +1,6 @@
 """
-What TRL (T), Hugging Face's Trainer (H), DeepSpeed-Chat (D) and OpenRLHF (O) call our flags, and what
-stands in place of theirs: for the error that an unknown flag gets.
+What TRL (T), Hugging Face's Trainer (H), DeepSpeed-Chat (D) and OpenRLHF (O) call our flags, and
+what stands in place of theirs: for the error that an unknown flag gets.
 """
 
 OTHER_NAMES = {

@@ -38,21 +38,7 @@ def load_reward_function(name):
     if not Path(path).is_file():
         raise UsageError(f"--reward_fn {name}: the file {path} does not exist.")
 
-    # The file is imported as if by its name: it stands in sys.modules, because dataclasses and
-    # process pools look for their module there, and its own imports are looked for beside it.
-    module_name = Path(path).stem
-    if module_name in sys.modules and not is_module_of(sys.modules[module_name], path):
-        raise UsageError(f"--reward_fn {name}: there is another module named {module_name} in this "
-                         "program; rename the file.")
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    sys.path.append(str(Path(path).resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        raise UsageError(f"--reward_fn {name}: importing {path} fails: {type(error).__name__}: "
-                         f"{error}.") from error
+    module = import_file(name, path)
     if not callable(getattr(module, function, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise UsageError(f"--reward_fn {name}: {path} has no function {function}; it has "
@@ -60,9 +46,29 @@ def load_reward_function(name):
     return RewardFunction(name, getattr(module, function))
 
 
-def is_module_of(module, path):
-    file = getattr(module, "__file__", None)
-    return file is not None and Path(file).resolve() == Path(path).resolve()
+def import_file(name, path):
+    """
+    A reward file as a module. It stands in sys.modules under its name, because dataclasses and
+    process pools look for their module there, and its own imports are looked for beside it.
+    """
+    module_name = Path(path).stem
+    known = sys.modules.get(module_name)
+    if known is not None and not hasattr(known, "reward_file"):
+        raise UsageError(f"--reward_fn {name}: there is another module named {module_name} in this "
+                         "program; rename the file.")
+    if known is not None and known.reward_file == Path(path).resolve():
+        return known
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    module = importlib.util.module_from_spec(spec)
+    module.reward_file = Path(path).resolve()
+    sys.modules[module_name] = module
+    sys.path.append(str(Path(path).resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        raise UsageError(f"--reward_fn {name}: importing {path} fails: {type(error).__name__}: "
+                         f"{error}.") from error
+    return module
 
 
 class RewardFunction:

@@ -217,7 +217,7 @@ def test_where_the_critic_starts(make_trainer, place, tmp_path, monkeypatch, cap
     ("typo", "failed in .*my.py, line [0-9]+: KeyError: 'solutoin'.*solution"),
     ("short", "a list of 4 numbers.*list"), ("number", "a list of 4 numbers.*float 1.0"),
     ("words", "a list of 4 numbers.*good"),
-    ("nan", "nan gave 1 scores.*NaN"), ("no_columns", r"must take \(prompts, completions, \*\*columns\).*solution"),
+    ("nan", "nan gave nan to the answer"), ("no_columns", r"must take \(prompts, completions, \*\*columns\).*solution"),
     ("another", "missing a required.*answer")])
 def test_a_function_that_misbehaves(make_trainer, name, said):
     with pytest.raises(UsageError, match=said):
