@@ -464,7 +464,7 @@ class DeepSpeedPPOTrainer:
         values = self.values(tokens, attention_mask, mask) if self.models.critic else None
 
         # 4. Every token gets a reward, and from the rewards an advantage.
-        rewards = shape_rewards(penalised, logprobs, ref_logprobs, mask, self.kl_coef)
+        rewards = self.rewards(penalised, logprobs, ref_logprobs, mask)
         advantages, returns = self.advantages(rewards, values, penalised, mask)
 
         # 5. Numbers for the log.
@@ -536,6 +536,10 @@ class DeepSpeedPPOTrainer:
         logprobs, entropy = self.models.actor(*inputs)
         ref_logprobs, _ = self.models.ref(*inputs)
         return logprobs, ref_logprobs, entropy
+
+    def rewards(self, scores, logprobs, ref_logprobs, mask):
+        """(B, R): shape_rewards with the KL coefficient of now; preflight asks for them too."""
+        return shape_rewards(scores, logprobs, ref_logprobs, mask, self.kl_coef)
 
     def values(self, tokens, attention_mask, mask):
         """(B, R): the critic's value of the state before each response token (a column earlier)."""

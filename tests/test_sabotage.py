@@ -1,7 +1,7 @@
 """
-Ten ways in which PPO fails without a word, one at a time, and the sentence of step 3 that names each: the checks before
-the first update (preflight) or the doctor while it runs. The models are small and really trained, by steps 1 and 2, on
-rows that they can learn in seconds.
+Ways in which PPO fails without a word, one at a time, and the sentence of step 3 that names each:
+the checks before the first update (preflight) or the doctor while it runs. The models are small and
+really trained, by steps 1 and 2, on rows that they can learn in seconds.
 """
 
 import json
@@ -21,39 +21,48 @@ from support.flags import UsageError
 
 WORDS = "red blue green brown black white pink grey cold hot wet dry old new big small".split()
 THINGS = ["house", "hat", "box", "cup", "bed", "map", "pen", "sky", "dog", "cat"]
-NO_TURN = ("{% for m in messages %}{% if m.role == 'assistant' %}{{ '\\n\\nAssistant: ' + m.content + eos_token }}"
+NO_TURN = ("{% for m in messages %}{% if m.role == 'assistant' %}"
+           "{{ '\\n\\nAssistant: ' + m.content + eos_token }}"
            "{% else %}{{ '\\n\\nHuman: ' + m.content }}{% endif %}{% endfor %}")
+shape_rewards = step3_ppo.shape_rewards  # as it ships
 
 
 @pytest.fixture(scope="module")
 def flags(make_model, tokenizer, process_group, tmp_path_factory):
     """
-    The flags of a healthy step 3 on models that steps 1 and 2 have trained: answers of two kinds, one of them
-    preferred.
+    The flags of a healthy step 3 on models that steps 1 and 2 have trained: answers of two kinds,
+    one of them preferred.
     """
     folder = tmp_path_factory.mktemp("sabotage")
     make_model("opt").save_pretrained(folder / "start")
     tokenizer.save_pretrained(folder / "start")
-    pairs = [{"prompt": f"The {word} {thing}?", "chosen": f"The {thing} is {word}.",
-              "rejected": f"It is {word} {word} {word}."} for word, thing in product(WORDS, THINGS)]
-    shown = [{"prompt": row["prompt"], "response": row["rejected" if i % 5 < 3 else "chosen"]}
-             for i, row in enumerate(pairs)]  # 40% are good
+    pairs = []
+    shown = []
+    for i, (word, thing) in enumerate(product(WORDS, THINGS)):
+        pair = {"prompt": f"The {word} {thing}?", "chosen": f"The {thing} is {word}.",
+                "rejected": f"It is {word} {word} {word}."}
+        pairs.append(pair)
+        answer = pair["rejected" if i % 5 < 3 else "chosen"]  # 40% are good
+        shown.append({"prompt": pair["prompt"], "response": answer})
     for name, rows in (("shown", shown), ("pairs", pairs)):
         (folder / name).mkdir()
-        (folder / name / "train.json").write_text(json.dumps([row for i, row in enumerate(rows) if i % 3]))
+        train = [row for i, row in enumerate(rows) if i % 3]
+        (folder / name / "train.json").write_text(json.dumps(train))
         (folder / name / "test.json").write_text(json.dumps(rows[::3]))
-    common = dict(output_dir=str(folder), max_seq_len=64, max_prompt_seq_len=24, max_answer_seq_len=16,
-                  logging_steps=20, seed=0)
-    step1_sft.main(step1_sft.Config(data_path=[str(folder / "shown")], model_name_or_path=str(folder / "start"),
-                                    max_steps=80, learning_rate=1e-2, data_split="1,0,0",
-                                    per_device_train_batch_size=16, **common))
+    common = dict(output_dir=str(folder), max_seq_len=64, max_prompt_seq_len=24,
+                  max_answer_seq_len=16, logging_steps=20, seed=0)
+    step1_sft.main(step1_sft.Config(
+        data_path=[str(folder / "shown")], model_name_or_path=str(folder / "start"), max_steps=80,
+        learning_rate=1e-2, data_split="1,0,0", per_device_train_batch_size=16, **common))
     common["data_path"] = [str(folder / "pairs")]
-    step2_reward.main(step2_reward.Config(model_name_or_path=str(folder / "sft"), max_steps=15, learning_rate=3e-3,
-                                          data_split="0,1,0", **common))
+    step2_reward.main(step2_reward.Config(
+        model_name_or_path=str(folder / "sft"), max_steps=15, learning_rate=3e-3,
+        data_split="0,1,0", **common))
     return {**common, "actor_model_name_or_path": str(folder / "sft"),
             "critic_model_name_or_path": str(folder / "reward"), "data_split": "0,0,1",
-            "per_device_generation_batch_size": 32, "per_device_train_batch_size": 8, "actor_learning_rate": 2e-3,
-            "critic_learning_rate": 2e-3, "kl_coef": 0.2, "max_steps": 60}
+            "per_device_generation_batch_size": 32, "per_device_train_batch_size": 8,
+            "actor_learning_rate": 2e-3, "critic_learning_rate": 2e-3, "kl_coef": 0.2,
+            "max_steps": 60}
 
 
 def ppo(flags, folder, **changes):
@@ -79,16 +88,29 @@ def test_preflight_leaves_no_trace(flags, tmp_path):
     """The same numbers and weights, bit for bit, with and without it."""
     results = []
     for skip in (False, True):
+        folder = tmp_path / str(skip)
         torch.manual_seed(0)
-        ppo(flags, tmp_path / str(skip), skip_preflight=skip, max_steps=3, per_device_train_batch_size=8)
+        ppo(flags, folder, skip_preflight=skip, max_steps=3)
         metrics = [{name: value for name, value in line.items()
                     if not name.startswith(("time", "memory", "tokens_per"))}
-                   for line in read_metrics(tmp_path / str(skip))]
-        results.append((metrics, load_file(tmp_path / str(skip) / "actor/model.safetensors"), torch.get_rng_state()))
+                   for line in read_metrics(folder)]
+        weights = load_file(folder / "actor/model.safetensors")
+        results.append((metrics, weights, torch.get_rng_state()))
     (metrics, weights, state), (plain_metrics, plain_weights, plain_state) = results
     assert metrics == plain_metrics and len(metrics) == 3
-    assert (all(torch.equal(weights[name], plain_weights[name]) for name in plain_weights)
-            and torch.equal(state, plain_state))
+    assert all(torch.equal(weights[name], plain_weights[name]) for name in plain_weights)
+    assert torch.equal(state, plain_state)
+
+
+def test_preflight_lets_the_rewards_be_changed(flags, tmp_path, monkeypatch, capsys):
+    """A length penalty of 0.01 a token, where the KL penalty is."""
+    def with_length_penalty(scores, logprobs, ref_logprobs, mask, kl_coef):
+        rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+        return rewards - 0.01 * mask
+
+    monkeypatch.setattr(step3_ppo, "shape_rewards", with_length_penalty)
+    ppo(flags, tmp_path, max_steps=1)
+    assert "preflight: 8 checks passed" in capsys.readouterr().out
 
 
 # -----------------------------------------------------------------------------
@@ -119,17 +141,46 @@ def mask_without_eos(flags, folder, patch):
 
 def logprobs_of_the_token_before(flags, folder, patch):
     forward = models.LanguageModel.forward
-    patch(models.LanguageModel, "forward",
-          lambda self, ids, real, mask, temperature=1.0: forward(self, ids.roll(1, 1), real, mask, temperature))
+
+    def shifted(self, ids, real, mask, temperature=1.0):
+        return forward(self, ids.roll(1, 1), real, mask, temperature)
+
+    patch(models.LanguageModel, "forward", shifted)
     return {}
 
 
 def score_on_padding(flags, folder, patch):
-    def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    def changed(scores, logprobs, ref_logprobs, mask, kl_coef):
+        rewards = shape_rewards(0 * scores, logprobs, ref_logprobs, mask, kl_coef)
         after = mask.sum(1).long().clamp(max=mask.size(1) - 1)
-        return (-kl_coef * (logprobs - ref_logprobs) * mask).scatter_add(1, after[:, None], scores[:, None])
+        return rewards.scatter_add(1, after[:, None], scores[:, None])
 
-    patch(step3_ppo, "shape_rewards", shape_rewards)
+    patch(step3_ppo, "shape_rewards", changed)
+    return {}
+
+
+def score_on_every_token(flags, folder, patch):
+    def changed(scores, logprobs, ref_logprobs, mask, kl_coef):
+        rewards = shape_rewards(0 * scores, logprobs, ref_logprobs, mask, kl_coef)
+        return rewards + scores[:, None] * mask
+
+    patch(step3_ppo, "shape_rewards", changed)
+    return {}
+
+
+def score_twice(flags, folder, patch):
+    def changed(scores, logprobs, ref_logprobs, mask, kl_coef):
+        return shape_rewards(2 * scores, logprobs, ref_logprobs, mask, kl_coef)
+
+    patch(step3_ppo, "shape_rewards", changed)
+    return {}
+
+
+def length_penalty_on_padding(flags, folder, patch):
+    def changed(scores, logprobs, ref_logprobs, mask, kl_coef):
+        return shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef) - 0.01
+
+    patch(step3_ppo, "shape_rewards", changed)
     return {}
 
 
@@ -143,21 +194,26 @@ def another_template_than_the_reward_models(flags, folder, patch):
 
 
 def reward_model_untrained(flags, folder, patch):
-    config = {name: flags[name] for name in ("data_path", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")}
-    step2_reward.main(step2_reward.Config(model_name_or_path=flags["actor_model_name_or_path"], output_dir=str(folder),
-                                          max_steps=1, learning_rate=0.0, **config))
+    config = {name: flags[name] for name in (
+        "data_path", "max_seq_len", "max_prompt_seq_len", "max_answer_seq_len")}
+    step2_reward.main(step2_reward.Config(
+        model_name_or_path=flags["actor_model_name_or_path"], output_dir=str(folder), max_steps=1,
+        learning_rate=0.0, **config))
     # a new head is as good as its negative
     if json.loads((folder / "summary.json").read_text())["reward"]["accuracy"] > 0.5:
         weights = load_file(folder / "reward/model.safetensors")
-        save_file({**weights, "score.weight": -weights["score.weight"]}, folder / "reward/model.safetensors",
-                  {"format": "pt"})
+        weights["score.weight"] = -weights["score.weight"]
+        save_file(weights, folder / "reward/model.safetensors", {"format": "pt"})
     return {"critic_model_name_or_path": str(folder / "reward")}
 
 
 def eos_never_sampled(flags, folder, patch):
     sample = hybrid_engine.sample
-    patch(hybrid_engine, "sample", lambda logits, *args, **options: sample(
-        logits.index_fill(1, torch.tensor([2]), -1e9), *args, **options))
+
+    def without_eos(logits, *args, **options):
+        return sample(logits.index_fill(1, torch.tensor([2]), -1e9), *args, **options)
+
+    patch(hybrid_engine, "sample", without_eos)
     return {}
 
 
@@ -181,7 +237,8 @@ def wrong_tokenizer_everywhere(flags, folder, patch):
     for name in ("actor", "critic"):
         shutil.copytree(flags[f"{name}_model_name_or_path"], folder / name)
         other_ids(folder / name)
-    return {"actor_model_name_or_path": str(folder / "actor"), "critic_model_name_or_path": str(folder / "critic")}
+    return {"actor_model_name_or_path": str(folder / "actor"),
+            "critic_model_name_or_path": str(folder / "critic")}
 
 
 @pytest.mark.parametrize("sabotage, named", [
@@ -189,8 +246,12 @@ def wrong_tokenizer_everywhere(flags, folder, patch):
     (mask_without_eos, "rewards: the response mask of .* answers does not end with their EOS"),
     (logprobs_of_the_token_before, "sampler: .*shift by one token"),
     (score_on_padding, "rewards: the scores of .* are not on their last token"),
+    (score_on_every_token, "rewards: the scores of 32 of 32 answers are not on their last token"),
+    (score_twice, "rewards: the scores of 32 of 32 answers are not on their last token"),
+    (length_penalty_on_padding, "rewards: .* have rewards after their end"),
     (no_assistant_turn, "text: 32 of 32 prompts do not end .*--chat_template"),
-    (another_template_than_the_reward_models, "text: .*reward has another chat template .*--chat_template"),
+    (another_template_than_the_reward_models,
+     "text: .*reward has another chat template .*--chat_template"),
     (reward_model_untrained, "preference: .*is not trained for these data"),
     (eos_never_sampled, "ending: no rollout ended"),
     (reward_model_with_another_tokenizer, "its tokenizer has another vocabulary"),
@@ -208,7 +269,8 @@ def test_preflight_names(sabotage, named, flags, tmp_path, monkeypatch):
 
 def test_the_doctor_names_stale_log_probabilities(flags, tmp_path, monkeypatch):
     """
-    Old log-probabilities from the weights of the start: right before the first update, and further off after each.
+    Old log-probabilities from the weights of the start: right before the first update, and further
+    off after each.
     """
     generate_experience = step3_ppo.DeepSpeedPPOTrainer.generate_experience
 
