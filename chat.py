@@ -83,6 +83,9 @@ def main(config):
         sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p,
                     "top_k": 0}
     ends = model.generation_config.eos_token_id  # a list where several tokens end an answer
+    # The model's other defaults (a repetition penalty, say) go, because generate would add them to
+    # what the flags say.
+    model.generation_config = GenerationConfig()
     generation = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=ends or tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, **sampling)

@@ -220,14 +220,16 @@ class InferenceEngine:
     keep_cache  the KV cache stays allocated between rollouts of one shape
     sync_every  steps between two looks at who is done, each of which waits for the device; None: 1
                 on a CPU, 8 on a GPU
+    vocabulary  ids from it on are never sampled (support.models.vocabulary_size); None: all may be
 
     memory      after a rollout: bytes of its {"weights aliased", "weights copied", "kv cache"}
     row_steps   after a rollout: rows decoded, summed over its steps
     """
 
     def __init__(self, model, tp_size=1, compact=True, pack=True, keep_cache=False,
-                 sync_every=None):
+                 sync_every=None, vocabulary=None):
         self.model = model
+        self.vocabulary = vocabulary
         self.tp_group = tensor_parallel_group(tp_size)
         self.compact = compact
         self.pack = pack
@@ -244,12 +246,13 @@ class InferenceEngine:
 
     @torch.no_grad()
     def generate(self, input_ids, attention_mask, max_new_tokens=64, temperature=1.0, top_k=0,
-                 top_p=1.0, eos_token_id=None, pad_token_id=0, seed=0, num_return_sequences=1):
+                 top_p=1.0, eos_token_id="model", pad_token_id=0, seed=0, num_return_sequences=1):
         """
         input_ids, attention_mask  (B, P) int64, left-padded; the ids on padding never matter
         temperature                0 is greedy; log-probabilities are then those at temperature 1
-        eos_token_id               int, list, or None: every response has max_new_tokens. An EOS in
-                                   a prompt does not count
+        eos_token_id               int or list; "model": what the model's generation_config says;
+                                   None: every response has max_new_tokens. An EOS in a prompt does
+                                   not count
         returns                    Rollout of B * num_return_sequences rows
         raises                     ValueError for other padding, or more tokens than the model has
                                    positions; NotFiniteError for logits that are no numbers
@@ -257,6 +260,8 @@ class InferenceEngine:
         The ranks that share a model (tp_size) call this together, each with its own prompts (any B
         and P), the other arguments equal (rank 0's seed holds), and each gets its own rows back.
         """
+        if eos_token_id == "model":
+            eos_token_id = self.model.generation_config.eos_token_id
         eos = [] if eos_token_id is None else eos_token_id
         eos = torch.tensor(eos, device=input_ids.device).long().view(-1)
         sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -315,6 +320,7 @@ class InferenceEngine:
             for step in range(max_new_tokens):
                 # 2. sample; rank 0 of a tp_group does it for all, so that neither seeds nor
                 # rounding can part its ranks
+                logits = logits[:, :self.vocabulary]
                 tokens, logps = sample(logits, uniforms[step, live], **sampling)
                 if self.tp_group:
                     dist.broadcast(tokens, group=self.tp_group, group_src=0)
@@ -418,6 +424,11 @@ class InferenceEngine:
         # Under ZeRO 3 all ranks gather a weight, or none, so all must make as many steps.
         sharded = any(hasattr(p, "ds_id") for p in self.model.parameters())
 
+        # Ids that no tokenizer knows are banned.
+        banned = []
+        if self.vocabulary is not None:
+            banned = list(range(self.vocabulary, self.model.config.vocab_size))
+
         # The model's own defaults must not change the distribution, so they go for the while.
         training = self.model.training
         defaults = self.model.generation_config
@@ -430,7 +441,7 @@ class InferenceEngine:
                     ids, attention_mask=mask, max_new_tokens=max_new_tokens,
                     eos_token_id=eos.tolist() or None, pad_token_id=pad_token_id, **options,
                     return_dict_in_generate=True, output_logits=greedy, output_scores=not greedy,
-                    synced_gpus=sharded)
+                    suppress_tokens=banned or None, synced_gpus=sharded)
         finally:
             self.model.generation_config = defaults
             self.model.train(training)
@@ -438,7 +449,7 @@ class InferenceEngine:
         # `scores` are the logits after temperature, top-k and top-p.
         responses = out.sequences[:, ids.size(1):]
         logits_of_steps = out.logits if greedy else out.scores
-        logprobs = torch.stack([token_logprobs(logits, tokens)
+        logprobs = torch.stack([token_logprobs(logits[:, :self.vocabulary], tokens)
                                 for logits, tokens in zip(logits_of_steps, responses.T)], 1)
         if greedy:
             responses = responses.repeat_interleave(copies, 0)

@@ -375,7 +375,8 @@ class DeepSpeedRLHFEngine:
         # What generates, from the actor's weights where they are trained.
         self.ema = ExponentialMovingAverage(self.actor, EMA_DECAY) if args.enable_ema else None
         model = self.actor.module.model
-        self.generator = InferenceEngine(model, args.inference_tp_size)
+        self.generator = InferenceEngine(model, args.inference_tp_size,
+                                         vocabulary=self.actor.module.vocabulary)
         ends = model.generation_config.eos_token_id
         self.eos_token_ids = ends if isinstance(ends, list) else [ends]
 

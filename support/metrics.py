@@ -19,6 +19,7 @@ import transformers
 from data import Collator, decode_answers, encode_prompts, rank_share
 from hybrid_engine import InferenceEngine
 from support.flags import UsageError
+from support.models import vocabulary_size
 from support.processes import all_sum, mean_over_ranks, print0, to_device
 from support.toy import gold_scorer
 
@@ -176,7 +177,7 @@ def sample_answers(model, tokenizer, records, config, batch_size=64):
              if len(row) <= config.max_prompt_seq_len]
     items = rank_share(items, rank, dist.get_world_size())
 
-    engine = InferenceEngine(model)
+    engine = InferenceEngine(model, vocabulary=vocabulary_size(tokenizer))
     collate = Collator(3, tokenizer.pad_token_id)
     answered = []
     for start in range(0, len(items), batch_size):

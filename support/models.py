@@ -30,12 +30,17 @@ from support.processes import CONFIGS, compute_dtype, on_rank0, print0
 # the two forms
 
 class LanguageModel(nn.Module):
-    """A Hugging Face causal LM that returns log-probabilities of given tokens, never the logits."""
+    """
+    A Hugging Face causal LM that returns log-probabilities of given tokens, never the logits.
 
-    def __init__(self, model):
+    vocabulary  ids below it exist, see vocabulary_size; None: all that the model has rows for
+    """
+
+    def __init__(self, model, vocabulary=None):
         super().__init__()
         self.model = model
         self.config = model.config
+        self.vocabulary = vocabulary
         self.arguments = set(inspect.signature(model.forward).parameters)
         # In the decoder's families logits are hidden @ weight.T + bias and nothing else.
         self.plain_head = model.config.model_type in FAMILIES
@@ -63,10 +68,12 @@ class LanguageModel(nn.Module):
         if self.plain_head:
             hidden = self.model.base_model(**inputs)[0][:, -R - 1:-1]
             head = self.model.get_output_embeddings()
+            weight = head.weight[:self.vocabulary]
+            bias = None if head.bias is None else head.bias[:self.vocabulary]
             logprobs, entropy = linear_logprobs(
-                hidden[scored], head.weight, targets, head.bias, temperature)
+                hidden[scored], weight, targets, bias, temperature)
         else:
-            logits = self.model(**inputs, logits_to_keep=R + 1).logits
+            logits = self.model(**inputs, logits_to_keep=R + 1).logits[..., :self.vocabulary]
             logits = logits[:, -R - 1:-1][scored] / temperature
             logprobs = token_logprobs(logits, targets)
             entropy = entropy_of(logits)
@@ -114,6 +121,15 @@ class RewardModel(nn.Module):
         return (scores - self.mean) / self.std
 
 
+def vocabulary_size(tokenizer):
+    """
+    Ids below this number exist. Embeddings are often wider, for speed, and their other rows take no
+    part in any distribution: not in training, and not in sampling, where an id that no tokenizer
+    knows would come out.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def position_ids(attention_mask):
     """(B, T) mask -> (B, T) positions of real tokens from 0, so left padding changes nothing."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
@@ -140,7 +156,7 @@ def load_language_model(name_or_path, tokenizer, ds_config, tokens, lora=None):
     if lora is not None:
         model = add_lora(model, lora)
     print0(f"{name_or_path}: language model, {parameter_count(model) / 1e6:.1f}M parameters")
-    return LanguageModel(model)
+    return LanguageModel(model, vocabulary_size(tokenizer))
 
 
 def load_reward_model(name_or_path, tokenizer, ds_config, tokens, new_head=False, normalise=False,
@@ -201,8 +217,8 @@ def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", score_from
                          f"{' and more' * (len(missing) > 3)}.")
     if head == "score" and (missing or random_weights):
         initialise_head(model)
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer))
+    if vocabulary_size(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary_size(tokenizer))
     set_special_tokens(model, tokenizer, head)
     model.config.use_cache = False
     return model

@@ -389,7 +389,7 @@ def test_unknown_families_go_through_hugging_face_and_say_so():
         engine = InferenceEngine(model.train())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
-        greedy = engine.generate(ids, mask, max_new_tokens=R, temperature=0)
+        greedy = engine.generate(ids, mask, max_new_tokens=R, temperature=0, eos_token_id=None)
         sampled = engine.generate(ids, mask, max_new_tokens=R, temperature=0.8, seed=1, num_return_sequences=2,
                                   eos_token_id=list(range(30, 60)), pad_token_id=33)
         again = engine.generate(ids, mask, max_new_tokens=R, temperature=0.8, seed=1, num_return_sequences=2,
@@ -403,6 +403,49 @@ def test_unknown_families_go_through_hugging_face_and_say_so():
     assert torch.equal(sampled.mask.sum(1).long(), ends(sampled, range(30, 60)))
     expected = hf_logprobs(model, sampled.tokens, mask.repeat_interleave(2, 0), P, temperature=0.8)
     torch.testing.assert_close(sampled.logprobs, expected * sampled.mask, atol=1e-4, rtol=0)
+
+
+def test_eos_is_the_models_own_unless_told_otherwise():
+    """As in Hugging Face generate: a snippet that names no EOS stops where the model does."""
+    model = small_model("llama")
+    model.generation_config.eos_token_id = list(range(0, 101, 3))
+    ids, mask = ragged_prompts()
+    engine = InferenceEngine(model)
+    own = engine.generate(ids, mask, max_new_tokens=R, seed=1)
+    named = engine.generate(ids, mask, max_new_tokens=R, seed=1, eos_token_id=list(range(0, 101, 3)))
+    assert torch.equal(own.tokens, named.tokens)
+    assert own.mask.sum() < own.mask.numel()
+    full = engine.generate(ids, mask, max_new_tokens=R, seed=1, eos_token_id=None)
+    assert full.mask.sum() == full.mask.numel() == len(ids) * R
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_ids_that_no_tokenizer_knows_take_no_part(decoder, monkeypatch):
+    """
+    Embeddings wider than the vocabulary: such an id is never sampled, and sampler and training
+    forward agree on the distribution of the others.
+    """
+    from support.models import LanguageModel
+    model = small_model("llama")
+    if not decoder:
+        monkeypatch.setattr(hybrid_engine, "why_unsupported", lambda model: "for this test")
+    ids, mask = ragged_prompts(vocabulary=60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine = InferenceEngine(model, vocabulary=60)
+    rollout = engine.generate(ids, mask, max_new_tokens=R, temperature=0.9, eos_token_id=None,
+                              seed=3, num_return_sequences=20)
+    responses = rollout.tokens[:, ids.size(1):]
+    assert responses.max() < 60
+    attention_mask = torch.cat([mask.repeat_interleave(20, 0), rollout.mask.long()], 1)
+    trained = LanguageModel(model, vocabulary=60)
+    with torch.no_grad():
+        logprobs, _ = trained(rollout.tokens, attention_mask, rollout.mask, 0.9)
+        wide, _ = LanguageModel(model)(rollout.tokens, attention_mask, rollout.mask, 0.9)
+    torch.testing.assert_close(rollout.logprobs, logprobs, atol=1e-4, rtol=0)
+    assert (logprobs - wide).mean() > 0.1  # the other 41 ids had mass
+    everything = engine.generate(ids, mask, max_new_tokens=R, temperature=0, eos_token_id=None)
+    assert everything.tokens[:, ids.size(1):].max() < 60
 
 
 def test_what_the_decoder_cannot_run_of_a_known_family():
