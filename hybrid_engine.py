@@ -125,9 +125,11 @@ def train_step(engine, micro_batches, loss_sum, count):
     total = 0.0
     for micro_batch in micro_batches:
         loss = loss_sum(micro_batch) / count
-        # Times the world size, because DeepSpeed averages gradients over ranks.
+        # Times the world size, because DeepSpeed averages gradients over ranks. Not divided by
+        # gradient_accumulation_steps, because `count` covers them.
         engine.backward(loss * world, scale_wrt_gas=False)
         total += loss.detach()
+        # Before step(), which clears the gradients; the last micro-batch's norm is the whole one.
         norm = plain_grad_norm(engine)
         engine.step()  # updates at the last micro-batch of gradient_accumulation_steps
     if engine.fp16_enabled() and not engine.was_step_applied():
@@ -165,8 +167,8 @@ class ExponentialMovingAverage:
         self.engine = engine
         self.decay = decay
         self.average = {}
-        # In bf16 without ZeRO DeepSpeed's optimizer has the masters, and safe_get_full_fp32_param
-        # does not know that optimizer.
+        # In bf16 without ZeRO DeepSpeed's optimizer has the masters (and calls the bf16 weights
+        # fp16_groups), and safe_get_full_fp32_param does not know that optimizer.
         self.masters = {}
         low_groups = getattr(engine.optimizer, "fp16_groups", [])
         full_groups = getattr(engine.optimizer, "fp32_groups", [])
@@ -223,7 +225,7 @@ class InferenceEngine:
     vocabulary  ids from it on are never sampled (support.models.vocabulary_size); None: all may be
 
     memory      after a rollout: bytes of its {"weights aliased", "weights copied", "kv cache"}
-    row_steps   after a rollout: rows decoded, summed over its steps
+    row_steps   after a rollout: tokens that its decode steps computed
     """
 
     def __init__(self, model, tp_size=1, compact=True, pack=True, keep_cache=False,
@@ -277,7 +279,8 @@ class InferenceEngine:
         R = int(mask.sum(1).max())
         if (logprobs.isnan() & mask).any():
             raise NotFiniteError("the logits are no numbers (NaN): the model's weights or "
-                                 "activations have overflowed")
+                                 "activations have overflowed. Lower the learning rate; where this "
+                                 "was fp16, take bf16.")
         mask = mask[:, :R]
         prompts = input_ids.repeat_interleave(num_return_sequences, 0)
         responses = responses[:, :R].masked_fill(~mask, pad_token_id)
@@ -384,7 +387,8 @@ class InferenceEngine:
         if learned_positions and longest + max_new_tokens > hf_config.max_position_embeddings:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} pass the "
-                f"model's {hf_config.max_position_embeddings} positions: shorten one of them")
+                f"model's {hf_config.max_position_embeddings} positions: shorten one of them "
+                "(--max_prompt_seq_len, --max_answer_seq_len)")
         return mask.size(1) - lengths
 
     @contextmanager

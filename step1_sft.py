@@ -59,7 +59,8 @@ def sft_loss(logprobs, mask):
 def batch_loss(model, batch):
     """Batch of data.Collator(1) -> sft_loss of its rows."""
     mask = trained_mask(batch)
-    # The model returns log-probabilities (zero where the mask is zero) and entropies.
+    # support.models.LanguageModel returns log-probabilities, which are zero where the mask is zero,
+    # and entropies.
     logprobs, _ = model(batch["input_ids"], batch["attention_mask"], mask)
     return sft_loss(logprobs, mask)
 
@@ -76,8 +77,8 @@ def trained_tokens(batches):
 @torch.no_grad()
 def perplexity(model, dataloader):
     """
-    exp of the mean nats a trained token, over the held-out rows of all ranks. Token-weighted: not a
-    mean of the batches' means.
+    exp of the mean nats per trained token, over the held-out rows of all ranks. Token-weighted: not
+    a mean of the batches' means.
     """
     nats = 0.0
     tokens = 0.0
@@ -117,7 +118,7 @@ def main(config):
     sample_len = config.max_prompt_seq_len + config.max_answer_seq_len
     longest = max(config.max_seq_len, sample_len)
     model = load_language_model(config.model_name_or_path, tokenizer, ds_config, longest,
-                                lora=config)
+                                lora_config=config)
     engine = train_engine(model, ds_config, config, config.learning_rate, total_steps)
     checkpoints.load({"model": engine}, total_steps)
 
@@ -132,7 +133,7 @@ def main(config):
         started = time.time()
         batches = [to_device(batch) for batch in batches]
         # Loss and gradient are divided by the trained tokens of all micro-batches and ranks.
-        tokens, = all_sum(trained_tokens(batches))
+        [tokens] = all_sum(trained_tokens(batches))
         lr = engine.get_lr()[0]  # before the step, which moves the schedule on
         loss, grad_norm = train_step(
             engine, batches, lambda batch: batch_loss(engine, batch), max(tokens, 1))
@@ -153,7 +154,7 @@ def main(config):
     checkpoints.finish({"seconds": seconds, "perplexity": ppl, "gold": gold},
                        config.model_name_or_path)
     gold_text = f", gold {gold:.3f}" if gold is not None else ""
-    print0(f"\nstep 1 done in {seconds:.0f} s: held-out perplexity {ppl:.3f} a token{gold_text}; "
+    print0(f"\nstep 1 done in {seconds:.0f} s: held-out perplexity {ppl:.3f} per token{gold_text}; "
            f"saved {folder}")
 
 

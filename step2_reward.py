@@ -119,7 +119,7 @@ def calibration_error(margins, bins=10):
 @torch.no_grad()
 def evaluate(score_pairs, dataloader):
     """
-    Over the held-out pairs of all ranks: accuracy (ties count half), loss in nats a pair,
+    Over the held-out pairs of all ranks: accuracy (ties count half), loss in nats per pair,
     calibration_error, length_correlation (Pearson's, of a score with its answer's tokens), mean and
     standard deviation of the scores.
 
@@ -155,22 +155,25 @@ def evaluate(score_pairs, dataloader):
 # -----------------------------------------------------------------------------
 # what is trained: a reward model, or with --dpo the policy itself
 
-def reward_model(config, tokenizer, ds_config):
-    """-> the model to train, and f(engine, batch) that gives its scores of pairs."""
+def load_for_pairs(config, tokenizer, ds_config):
+    """-> the reward model to train, and f(engine, batch) that gives its scores of pairs."""
     model = load_reward_model(config.model_name_or_path, tokenizer, ds_config, config.max_seq_len,
-                              new_head=True, lora=config)
+                              allow_new_head=True, lora_config=config)
     return model, pair_scores
 
 
-def policy(config, tokenizer, ds_config):
-    """The same for DPO. With --only_optimize_lora the reference is the policy without adapters."""
+def load_for_dpo(config, tokenizer, ds_config):
+    """
+    -> the policy to train, and f(engine, batch) that gives its implicit rewards of pairs. With
+    --only_optimize_lora the reference is the policy without its adapters.
+    """
     ref = None
     if not config.only_optimize_lora:
         ref = load_language_model(config.model_name_or_path, tokenizer, ds_config,
                                   config.max_seq_len)
         ref = frozen_model(ref, ds_config)
     model = load_language_model(config.model_name_or_path, tokenizer, ds_config, config.max_seq_len,
-                                lora=config)
+                                lora_config=config)
 
     def score_pairs(engine, batch):
         return implicit_rewards(engine, ref or WithoutAdapters(engine), batch, config.dpo_beta)
@@ -202,8 +205,8 @@ def main(config):
 
     # -------------------------------------------------------------------------
     # model, optimiser and learning-rate schedule
-    load = policy if config.dpo else reward_model
-    model, score_pairs = load(config, tokenizer, ds_config)
+    load_models = load_for_dpo if config.dpo else load_for_pairs
+    model, score_pairs = load_models(config, tokenizer, ds_config)
     engine = train_engine(model, ds_config, config, config.learning_rate, total_steps)
     checkpoints.load({"model": engine}, total_steps)
 
@@ -222,7 +225,8 @@ def main(config):
 
         def batch_loss(batch):
             chosen, rejected = score_pairs(engine, batch)
-            sums.add(right=(chosen > rejected).sum(), chosen=chosen.detach().sum(),
+            ties_count_half = 0.5 + 0.5 * (chosen - rejected).detach().sign()
+            sums.add(right=ties_count_half.sum(), chosen=chosen.detach().sum(),
                      rejected=rejected.detach().sum(), tokens=batch["attention_mask"].sum())
             return reward_loss(chosen, rejected)
 

@@ -6,7 +6,8 @@ the model it came from.
     maximise E [ r(x, y) - beta KL(pi || pi_ref) ]  (+ c E log pi(text))
                                                                    Ouyang et al. 2022, eq. 2
 
-    reward of token t   R_t = -beta (log pi_old(y_t) - log pi_ref(y_t)) + [t is the last] r(x, y)
+    reward of token t   R_t = -beta (log pi_old(y_t) - log pi_ref(y_t))
+                              + [t is the last] (r(x, y) - [y has no EOS] missing_eos_penalty)
     advantage           A_t = sum_k (gamma lam)^k delta_{t+k}      Schulman et al. 2016, eq. 16
                         delta_t = R_t + gamma V_{t+1} - V_t
     actor loss          - min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t )
@@ -19,8 +20,8 @@ the model it came from.
 text term, "ptx".
 
 Every sum runs over the response's tokens, its EOS included (so the model learns when to stop) and
-nothing after it. Which tokens those are is known from the response's length, never found by
-comparing ids with PAD or EOS.
+nothing after it. Which tokens those are is settled once, by Rollout.mask: up to the first EOS, or
+the length limit. PAD's id is never looked at.
 
     # on `tiny`'s output/sft and output/reward: half a CPU minute
     python step3_ppo.py --actor_learning_rate 3e-4 --critic_learning_rate 3e-4 \\
@@ -37,9 +38,9 @@ Writes  output/actor and output/critic, Hugging Face folders; output/actor_ema w
         metrics.jsonl; its numbers in output/summary.json
 
 Unlike DeepSpeed-Chat's step 3: rollouts are sampled, not greedy; EOS is trained; dropout is off, so
-the first ratio is exactly 1; advantages are whitened over all ranks; losses are normalised by the
-global token count; reward model and critic speak in the reward model's own standard deviations from
-its own mean, in which --reward_clip and --cliprange_value are too.
+the first ratio is 1 but for rounding; advantages are whitened over all ranks; losses are normalised
+by the global token count; reward model and critic speak in the reward model's own standard
+deviations from its own mean, in which --reward_clip and --cliprange_value are too.
 """
 
 import json
@@ -62,7 +63,7 @@ from support.metrics import MetricsLog, Sums, check_finite
 from support.models import last_token, load_language_model, load_reward_model, save_model
 from support.plan import dry_run
 from support.preflight import preflight
-from support.processes import all_sum, on_any_rank, print0, run_stage, setup, to_device
+from support.processes import all_sum, raise_on_all_ranks, print0, run_stage, setup, to_device
 from support.reward_functions import load_reward_function
 
 EMA_DECAY = 0.992  # Ouyang et al. 2022, appendix C
@@ -75,14 +76,15 @@ class Config(RunConfig):
                                              "OUTPUT_DIR/sft")
     critic_model_name_or_path: str = flag("", "the reward model, start of the critic; default "
                                               "OUTPUT_DIR/reward")
-    reward_fn: list[str] = flag([], "file.py:function or reward models; default: the reward model")
+    reward_fn: list[str] = flag([], "functions (file.py:name) and folders of reward models, "
+                                      "summed; default: the reward model")
     reward_weights: list[float] = flag([], "of --reward_fn's scores in their sum; default 1 each")
     reward_clip: float = flag(5.0, "bound of normalised scores, before the KL is added", at_least=0)
     missing_eos_penalty: float = flag(0.0, "taken off the score of an unended answer", at_least=0)
     kl_coef: float = flag(0.05, "beta, reward units per nat", at_least=0)
-    kl_target: float = flag(0.0, "nats a response to steer to by kl_coef; 0: fixed", at_least=0)
+    kl_target: float = flag(0.0, "nats per response to steer to by kl_coef; 0: fixed", at_least=0)
     # rollouts
-    per_device_generation_batch_size: int = flag(16, "prompts of a rollout a device", at_least=1)
+    per_device_generation_batch_size: int = flag(16, "prompts of a rollout per device", at_least=1)
     num_generations: int = flag(1, "answers to a prompt; rloo and grpo need 2 or more", at_least=1)
     temperature: float = flag(1.0, "of sampling, and of all log-probabilities")
     top_p: float = flag(1.0, "nucleus sampling; below 1 answers come from the truncated "
@@ -99,7 +101,7 @@ class Config(RunConfig):
     actor_learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top", at_least=0)
     critic_learning_rate: float = flag(5e-6, "AdamW's, at the schedule's top", at_least=0)
     unsupervised_data_path: list[str] = flag([], "plain text to stay good at: the ptx term")
-    unsup_coef: float = flag(27.8, "weight of the ptx term's loss, nats a token", at_least=0)
+    unsup_coef: float = flag(27.8, "weight of the ptx term's loss, nats per token", at_least=0)
     enable_ema: bool = flag(False, f"also save an average of the actor's weights ({EMA_DECAY})")
     # the run
     eval_steps: int = flag(0, "steps between evaluations; 0: at the end only", at_least=0)
@@ -125,8 +127,8 @@ class Config(RunConfig):
         for name in self.reward_fn:
             load_reward_function(name)  # raises where there is none
             if self.reward_fn.count(name) > 1:
-                raise UsageError(f"--reward_fn {name} is given twice; give it once, with its part in "
-                                 "--reward_weights.")
+                raise UsageError(f"--reward_fn {name} is given twice; give it once, with its part "
+                                 "in --reward_weights.")
         if not self.temperature > 0:
             raise UsageError(f"--temperature {self.temperature}: rollouts are sampled, so it must "
                              "be over 0 (PPO learns nothing from greedy answers).")
@@ -166,7 +168,8 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     mask                     (B, R) 1.0 on response tokens up to and including EOS, 0.0 after
     returns                  (B, R), zero where mask is zero
     """
-    kl_per_token = logprobs - ref_logprobs  # Schulman's k1: its mean is the KL, its sign is free
+    # Schulman's k1: its mean is the KL, while a single token's value may be negative.
+    kl_per_token = logprobs - ref_logprobs
     rewards = -kl_coef * kl_per_token * mask
     last = mask.sum(1).long() - 1
     return rewards.scatter_add(1, last[:, None], scores[:, None])
@@ -175,7 +178,7 @@ def shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 def adapt_kl_coef(kl_coef, kl, target, responses, horizon=10_000):
     """
     Proportional controller of the KL penalty (Ziegler et al. 2019, section 2.2). The error is
-    clipped to +-0.2, time is counted in responses; kl and target in nats a response.
+    clipped to +-0.2, time is counted in responses; kl and target in nats per response.
     """
     error = max(-0.2, min(0.2, kl / target - 1))
     return kl_coef * (1 + error * responses / horizon)
@@ -262,8 +265,9 @@ def ppo_actor_loss(logprobs, old_logprobs, advantages, mask, cliprange):
     PPO's clipped loss (Schulman et al. 2017, eq. 7) and its statistics. All arguments (B, R) but
     cliprange; what they hold where mask is zero does not matter.
 
-    returns  loss; tokens whose gradient the clip took; sum of (log ratio)^2 / 2, which is
-             Schulman's k2 of the KL to the old policy (http://joschu.net/blog/kl-approx.html)
+    returns  loss; number of tokens whose gradient is zero because of the clip; sum of
+             (log ratio)^2 / 2, which is Schulman's k2 of the KL to the old policy
+             (http://joschu.net/blog/kl-approx.html)
     """
     inside = mask > 0
     log_ratio = torch.where(inside, logprobs.float() - old_logprobs, 0.0)
@@ -329,16 +333,16 @@ class DeepSpeedRLHFEngine:
         self.tokenizer = tokenizer
         self.args = args
 
-        def load_policy(lora=None):
+        def load_policy(lora_config=None):
             return load_language_model(actor_model_name_or_path, tokenizer, ds_config, longest,
-                                       lora)
+                                       lora_config)
 
         def load_scorer(name, **options):
             check_vocabulary(name, tokenizer)
             return load_reward_model(name, tokenizer, ds_config, longest, normalise=True, **options)
 
         # The actor, and the reference where it needs weights of its own.
-        actor = load_policy(lora=args)
+        actor = load_policy(lora_config=args)
         adapters_only = args.lora_dim and args.only_optimize_lora
         if not adapters_only:
             self.ref = frozen_model(load_policy(), ds_config)
@@ -350,12 +354,13 @@ class DeepSpeedRLHFEngine:
             scorer = load_reward_function(name)
             short_name = name.rpartition(":")[2] if scorer else Path(name).name
             if scorer is None:
-                model = load_scorer(name)
-                warn_unless_normalised(name, model, args.reward_clip)
-                scorer = frozen_model(model, ds_config)
+                reward_model = load_scorer(name)
+                warn_unless_normalised(name, reward_model, args.reward_clip)
+                scorer = frozen_model(reward_model, ds_config)
                 self.reward_model = self.reward_model or scorer
             self.scorers[name if short_name in self.scorers else short_name] = scorer
 
+        # DeepSpeed takes the actor over, with its optimizer, when the others are on the device.
         self.actor = train_engine(actor, ds_config, args, args.actor_learning_rate, total_updates)
         if adapters_only:
             self.ref = WithoutAdapters(self.actor)
@@ -367,17 +372,19 @@ class DeepSpeedRLHFEngine:
             start = critic_model_name_or_path
             if not start:
                 start = actor_model_name_or_path
-                print0(f"no reward model here: the critic starts from {start}, with a new head")
-            critic = load_scorer(start, new_head=bool(args.reward_fn), lora=args)
+                print0(f"there is no {args.output_dir}/reward: the critic starts from {start}, "
+                       "with a new head")
+            critic = load_scorer(start, allow_new_head=bool(args.reward_fn), lora_config=args)
             self.critic = train_engine(
                 critic, ds_config, args, args.critic_learning_rate, total_updates)
 
-        # What generates, from the actor's weights where they are trained.
         self.ema = ExponentialMovingAverage(self.actor, EMA_DECAY) if args.enable_ema else None
-        model = self.actor.module.model
-        self.generator = InferenceEngine(model, args.inference_tp_size,
+
+        # What generates, from the actor's weights where they are trained.
+        hf_actor = self.actor.module.model
+        self.generator = InferenceEngine(hf_actor, args.inference_tp_size,
                                          vocabulary=self.actor.module.vocabulary)
-        ends = model.generation_config.eos_token_id
+        ends = hf_actor.generation_config.eos_token_id
         self.eos_token_ids = ends if isinstance(ends, list) else [ends]
 
 
@@ -417,10 +424,11 @@ class Experience:
 class DeepSpeedPPOTrainer:
     """
     One PPO step is `generate_experience`, which samples and scores, then `train_rlhf`, which
-    updates.
+    updates. They are called in turn.
 
     models   the DeepSpeedRLHFEngine
-    metrics  numbers of the last step, over all ranks but for the times
+    metrics  numbers of the last step, over all ranks but for the times: generate_experience begins
+             them anew, train_rlhf reads the KL in them and adds its own
     """
 
     def __init__(self, engine, args):
@@ -447,56 +455,57 @@ class DeepSpeedPPOTrainer:
         self.iterations += 1
 
         # 1. The actor answers every prompt n times.
-        rollout, attention_mask = self.respond(self.models.generator, prompt_batch, n,
-                                               self.iterations)
+        rollout, attention_mask = self.respond(prompt_batch, n, call=self.iterations)
         tokens = rollout.tokens
         mask = rollout.mask
         generated = time.time()
 
         # 2. The scorers mark every answer.
         records = [record for record in prompt_batch.get("records", []) for _ in range(n)]
-        score_of, scores = self.score(rollout, attention_mask, records)
+        scores_by_name, scores = self.score(rollout, attention_mask, records)
         eos = torch.tensor(self.models.eos_token_ids, device=tokens.device)
         ended = torch.isin(last_token(tokens, attention_mask), eos).float()
         penalised = scores - args.missing_eos_penalty * (1 - ended)
 
         # 3. Actor and reference say how likely each token was, the critic what it expects.
         logprobs, ref_logprobs, entropy = self.actor_and_ref_logprobs(tokens, attention_mask, mask)
-        values = self.values(tokens, attention_mask, mask) if self.models.critic else None
+        values = self.critic_values(tokens, attention_mask, mask) if self.models.critic else None
 
         # 4. Every token gets a reward, and from the rewards an advantage.
         rewards = self.rewards(penalised, logprobs, ref_logprobs, mask)
-        advantages, returns = self.advantages(rewards, values, penalised, mask)
+        advantages, returns = self.advantages_and_targets(rewards, values, penalised, mask)
 
         # 5. Numbers for the log.
         sums = Sums()
         sums.add(rows=len(tokens), tokens=mask.sum(), kl=(logprobs - ref_logprobs).sum(),
-                 entropy=entropy.sum(), scores=scores.sum(), ended=ended.sum())
-        sums.add(**{f"scores/{name}": score.sum() for name, score in score_of.items()})
+                 entropy=entropy.sum(), scores=scores.sum(), penalised=penalised.sum(),
+                 ended=ended.sum())
+        sums.add(**{f"scores/{name}": score.sum() for name, score in scores_by_name.items()})
         if args.top_p == 1:  # else the sampler's probabilities are of another distribution
             sums.add(drift=((logprobs - rollout.logprobs).abs() * mask).sum())
-        self.metrics = self.rollout_metrics(sums.over_ranks(), score_of)
+        self.metrics = self.rollout_metrics(sums.over_ranks(), scores_by_name)
         self.metrics["time/generate"] = generated - began
         self.metrics["time/score"] = time.time() - generated
         return Experience(tokens, attention_mask, mask, logprobs, ref_logprobs, values, scores,
                           rewards, advantages, returns)
 
-    def respond(self, generator, prompt_batch, n, draw):
+    def respond(self, prompt_batch, n, call):
         """
         n sampled answers to each prompt -> Rollout, its attention_mask (B, P + R).
 
-        draw  numbers the noise: 1, 2, ... in training, -1, -2, ... in evaluation
+        call  number of this call, from which the seed of its noise is made: 1, 2, ... in training,
+              -1, -2, ... in evaluation
         """
         args = self.args
         batch = to_device(prompt_batch)
-        with on_any_rank():
-            rollout = generator.generate(
+        with raise_on_all_ranks():
+            rollout = self.models.generator.generate(
                 batch["input_ids"], batch["attention_mask"],
                 max_new_tokens=args.max_answer_seq_len, temperature=args.temperature,
                 top_p=args.top_p, eos_token_id=self.models.eos_token_ids,
                 pad_token_id=self.models.tokenizer.pad_token_id, num_return_sequences=n,
                 # every rank and every call has noise of its own
-                seed=args.seed + 1_000_003 * draw + dist.get_rank())
+                seed=args.seed + 1_000_003 * call + dist.get_rank())
         prompt_mask = batch["attention_mask"].repeat_interleave(n, 0)
         return rollout, torch.cat([prompt_mask, rollout.mask.long()], dim=1)
 
@@ -509,27 +518,28 @@ class DeepSpeedPPOTrainer:
         raises UsageError on all ranks for a score that is no finite number
         """
         args = self.args
-        score_of = {}
+        scores_by_name = {}
         for name, scorer in self.models.scorers.items():
             if isinstance(scorer, torch.nn.Module):
                 values = scorer(rollout.tokens, attention_mask)
                 score = last_token(values, attention_mask)
-                score_of[name] = score.clamp(-args.reward_clip, args.reward_clip)
+                scores_by_name[name] = score.clamp(-args.reward_clip, args.reward_clip)
             elif records:
                 answers = decode_answers(self.models.tokenizer, rollout)
-                score_of[name] = scorer(records, answers).to(rollout.mask.device)
+                scores_by_name[name] = scorer(records, answers).to(rollout.mask.device)
             else:
                 raise UsageError(f"--reward_fn {name} scores text, and the batch has no `records` "
                                  "to take the prompts from; data.Collator(3, ...) makes batches "
                                  "that have them.")
 
-        not_finite = all_sum(*((~score.isfinite()).sum() for score in score_of.values()))
-        for name, count in zip(score_of, not_finite):
+        not_finite = all_sum(*((~score.isfinite()).sum() for score in scores_by_name.values()))
+        for name, count in zip(scores_by_name, not_finite):
             if count:
                 raise UsageError(f"the reward {name} gave {count:.0f} scores that are no finite "
                                  "numbers (NaN or infinite); PPO cannot learn from them.")
-        weights = args.reward_weights or [1.0] * len(score_of)
-        return score_of, sum(weight * score for weight, score in zip(weights, score_of.values()))
+        weights = args.reward_weights or [1.0] * len(scores_by_name)
+        weighted = [weight * score for weight, score in zip(weights, scores_by_name.values())]
+        return scores_by_name, sum(weighted)
 
     def actor_and_ref_logprobs(self, tokens, attention_mask, mask):
         """-> logprobs, ref_logprobs, entropy: (B, R) float32, nats, by the training forward."""
@@ -542,12 +552,12 @@ class DeepSpeedPPOTrainer:
         """(B, R): shape_rewards with the KL coefficient of now; preflight asks for them too."""
         return shape_rewards(scores, logprobs, ref_logprobs, mask, self.kl_coef)
 
-    def values(self, tokens, attention_mask, mask):
+    def critic_values(self, tokens, attention_mask, mask):
         """(B, R): the critic's value of the state before each response token (a column earlier)."""
         R = mask.size(1)
         return self.models.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
 
-    def advantages(self, rewards, values, scores, mask):
+    def advantages_and_targets(self, rewards, values, scores, mask):
         """-> advantages, and the critic's targets (None without a critic), both (B, R)."""
         args = self.args
         if args.advantage == "gae":
@@ -559,21 +569,27 @@ class DeepSpeedPPOTrainer:
             return rloo(rewards, args.num_generations) * mask, None
         return grpo(scores, args.num_generations) * mask, None
 
-    def rollout_metrics(self, total, score_of):
-        """total: sums over all ranks -> the metrics of a rollout, per answer or per token."""
+    def rollout_metrics(self, total, names):
+        """
+        The metrics of a rollout, per answer or per token.
+
+        total  sums over all ranks, see generate_experience
+        names  of the scorers
+        """
         rows = total["rows"]
         tokens = total["tokens"]
         metrics = {
             "objective/kl": total["kl"] / rows,
             "objective/kl_coef": self.kl_coef,
             "objective/scores": total["scores"] / rows,
-            "objective/rlhf_reward": (total["scores"] - self.kl_coef * total["kl"]) / rows,
+            # what is maximised: the score, without EOS less a penalty, less beta times the KL
+            "objective/rlhf_reward": (total["penalised"] - self.kl_coef * total["kl"]) / rows,
             "objective/entropy": total["entropy"] / tokens,
             "response/length": tokens / rows,
             "response/ended": total["ended"] / rows,
             "response/logprob_drift": total.get("drift", 0.0) / tokens,
         }
-        for name in score_of:
+        for name in names:
             metrics[f"objective/scores/{name}"] = total[f"scores/{name}"] / rows
         for name, size in self.models.generator.memory.items():
             metrics[f"memory/{name.replace(' ', '_')}_gb"] = size / 2**30  # this rank's
@@ -585,11 +601,12 @@ class DeepSpeedPPOTrainer:
     def train_rlhf(self, experience, unsupervised=None):
         """
         `ppo_epochs` passes in shuffled minibatches, each one optimizer step of actor and critic ->
-        mean actor and critic loss (nats, reward^2; 0 without a critic).
+        mean actor and critic loss per token (in units of the advantages, and of the squared
+        returns; 0 without a critic).
 
         unsupervised  iterator that yields, for each optimizer step, gradient_accumulation_steps
                       batches of data.Collator(1). The actor then minimises PPO's loss +
-                      unsup_coef x their mean nats a token in one step (Ouyang et al. 2022, eq. 2)
+                      unsup_coef x their mean nats per token in one step (Ouyang et al. 2022, eq. 2)
         """
         args = self.args
         models = self.models
@@ -603,41 +620,26 @@ class DeepSpeedPPOTrainer:
                 f"{args.minibatch_rows} rows; give batches of --per_device_generation_batch_size "
                 "prompts (drop_last=True).")
 
+        # A rollout is cut into minibatches, one optimizer step each, and a minibatch into
+        # micro-batches, one forward and backward each.
         sums = Sums()
+        lr = models.actor.get_lr()[0]  # before the steps, which move the schedule on
         for _ in range(args.ppo_epochs):
             # 1. The rows are dealt anew to minibatches.
             order = torch.randperm(len(x.tokens)).to(x.tokens.device)
             for minibatch in order.split(args.minibatch_rows):
                 micro_batches = minibatch.split(args.per_device_train_batch_size)
                 # Losses are divided by the response tokens of the minibatch on all ranks.
-                tokens, = all_sum(x.mask[minibatch].sum())
+                [tokens] = all_sum(x.mask[minibatch].sum())
 
-                # 2. The actor's step: PPO's loss, and that of the text where there is any.
-                if unsupervised:
-                    texts = [to_device(text) for text in next(unsupervised)]
-                    text_tokens, = all_sum(sum(text["loss_mask"][:, 1:].sum() for text in texts))
-                    text_weight = args.unsup_coef * tokens / text_tokens
-
-                    def actor_loss(rows_and_text):
-                        rows, text = rows_and_text
-                        loss = self.actor_loss(x, rows, sums)
-                        return loss + text_weight * self.text_loss(text, sums)
-
-                    actor_sum, actor_norm = train_step(
-                        models.actor, list(zip(micro_batches, texts)), actor_loss, tokens)
-                else:
-                    actor_sum, actor_norm = train_step(
-                        models.actor, micro_batches, lambda rows: self.actor_loss(x, rows, sums),
-                        tokens)
-                sums.add(updates=1, actor_loss=actor_sum)
+                # 2. The actor's step, on its answers and on the text that is mixed in.
+                texts = next(unsupervised) if unsupervised else None
+                actor_norm = self.update_actor(x, micro_batches, tokens, texts, sums)
 
                 # 3. The critic's step.
                 critic_norm = None
                 if models.critic:
-                    critic_sum, critic_norm = train_step(
-                        models.critic, micro_batches, lambda rows: self.critic_loss(x, rows, sums),
-                        tokens)
-                    sums.add(critic_loss=critic_sum)
+                    critic_norm = self.update_critic(x, micro_batches, tokens, sums)
                 if models.ema:
                     models.ema.update()
 
@@ -650,14 +652,52 @@ class DeepSpeedPPOTrainer:
         if args.kl_target > 0:
             self.kl_coef = adapt_kl_coef(self.kl_coef, self.metrics["objective/kl"], args.kl_target,
                                          total["rows"])
-        self.metrics.update(self.update_metrics(total, actor_norm, critic_norm))
+        mean_actor_loss = total["actor_loss"] / total["actor_updates"]
+        mean_critic_loss = total.get("critic_loss", 0.0) / total["actor_updates"]
+        self.metrics.update(self.update_metrics(total, mean_actor_loss, mean_critic_loss))
+        self.metrics.update({"lr": lr, "ppo/policy/grad_norm": actor_norm})
+        if models.critic:
+            self.metrics["ppo/val/grad_norm"] = critic_norm
         self.metrics["time/train"] = time.time() - began
         seconds = sum(self.metrics[f"time/{part}"] for part in ("generate", "score", "train"))
         self.metrics["tokens_per_second"] = total["tokens_read"] / seconds
-        updates = total["updates"] / dist.get_world_size()
-        return total["actor_loss"] / updates, total.get("critic_loss", 0.0) / updates
+        return mean_actor_loss, mean_critic_loss
 
-    def actor_loss(self, x, rows, sums):
+    def update_actor(self, x, micro_batches, tokens, texts, sums):
+        """
+        One optimizer step -> the gradient's norm before clipping.
+
+        micro_batches  row numbers of the Experience x
+        tokens         response tokens of the minibatch on all ranks
+        texts          as many batches of data.Collator(1), or None
+        """
+        if texts is None:
+            def loss_sum(rows):
+                return self.policy_loss(x, rows, sums)
+        else:
+            texts = [to_device(text) for text in texts]
+            [text_tokens] = all_sum(sum(text["loss_mask"][:, 1:].sum() for text in texts))
+            # train_step divides by the response tokens, while the text's mean is over its own.
+            text_weight = self.args.unsup_coef * tokens / text_tokens
+            micro_batches = list(zip(micro_batches, texts))
+
+            def loss_sum(rows_and_text):
+                rows, text = rows_and_text
+                loss = self.policy_loss(x, rows, sums)
+                return loss + text_weight * self.text_loss(text, sums)
+
+        loss, norm = train_step(self.models.actor, micro_batches, loss_sum, tokens)
+        sums.add(actor_loss=loss, actor_updates=1 / dist.get_world_size())
+        return norm
+
+    def update_critic(self, x, micro_batches, tokens, sums):
+        """One optimizer step -> the gradient's norm before clipping. Arguments: update_actor's."""
+        loss, norm = train_step(self.models.critic, micro_batches,
+                                lambda rows: self.value_loss(x, rows, sums), tokens)
+        sums.add(critic_loss=loss)
+        return norm
+
+    def policy_loss(self, x, rows, sums):
         """PPO's loss of an Experience's rows, summed over their tokens; statistics into sums."""
         mask = x.mask[rows]
         old_logprobs = x.logprobs[rows]
@@ -665,7 +705,8 @@ class DeepSpeedPPOTrainer:
                                         self.args.temperature)
         loss, clipped, approxkl = ppo_actor_loss(
             logprobs, old_logprobs, x.advantages[rows], mask, self.args.cliprange)
-        ratio = ((logprobs.detach() - old_logprobs).exp() * mask).sum()
+        log_ratio = (logprobs.detach() - old_logprobs).clamp(-20, 20)  # as in the loss
+        ratio = (log_ratio.exp() * mask).sum()
         sums.add(clipped=clipped, approxkl=approxkl, ratio=ratio, tokens=mask.sum())
         if self.args.advantage == "grpo":
             loss = loss + self.kl_coef * kl_loss_k3(logprobs, x.ref_logprobs[rows], mask)
@@ -679,7 +720,7 @@ class DeepSpeedPPOTrainer:
         sums.add(text_nats=nats.detach(), text_tokens=trained.sum())
         return nats
 
-    def critic_loss(self, x, rows, sums):
+    def value_loss(self, x, rows, sums):
         """The critic's loss of an Experience's rows, summed over their tokens."""
         mask = x.mask[rows]
         returns = x.returns[rows]
@@ -691,18 +732,19 @@ class DeepSpeedPPOTrainer:
         sums.add(clipped_values=clipped, squared_error=squared_error)
         return loss
 
-    def update_metrics(self, total, actor_norm, critic_norm):
-        """total: sums over all ranks, minibatches and epochs -> the metrics of the updates."""
+    def update_metrics(self, total, mean_actor_loss, mean_critic_loss):
+        """
+        The metrics of the updates, per token.
+
+        total  sums over all ranks, minibatches and epochs, see policy_loss and its neighbours
+        """
         tokens = total["tokens"]
-        updates = total["updates"] / dist.get_world_size()
         ptx = total.get("text_nats", 0.0) / max(total.get("text_tokens", 0.0), 1)
         metrics = {
-            "ppo/loss/policy": total["actor_loss"] / updates - self.args.unsup_coef * ptx,
+            "ppo/loss/policy": mean_actor_loss - self.args.unsup_coef * ptx,
             "ppo/policy/clipfrac": total["clipped"] / tokens,
             "ppo/policy/approxkl": total["approxkl"] / tokens,
             "ppo/policy/ratio": total["ratio"] / tokens,
-            "ppo/policy/grad_norm": actor_norm,
-            "lr": self.models.actor.get_lr()[0],
         }
         if "text_nats" in total:
             metrics["ppo/loss/ptx"] = ptx
@@ -711,10 +753,9 @@ class DeepSpeedPPOTrainer:
             variance = total["squared_returns"] / total["response_tokens"] - mean**2
             mean_squared_error = total["squared_error"] / tokens
             metrics.update({
-                "ppo/loss/value": total["critic_loss"] / updates,
+                "ppo/loss/value": mean_critic_loss,
                 "ppo/val/clipfrac": total["clipped_values"] / tokens,
                 "ppo/val/var_explained": 1 - mean_squared_error / max(variance, 1e-8),
-                "ppo/val/grad_norm": critic_norm,
                 "ppo/returns/mean": mean,
             })
         return metrics
@@ -740,8 +781,8 @@ class DeepSpeedPPOTrainer:
 @dataclass
 class Evaluation:
     """
-    numbers   over all ranks: score, kl (nats a response), gold and win_rate; the last two are None
-              where nothing can be said
+    numbers   over all ranks: score, kl (nats per response), gold and win_rate; the last two are
+              None where nothing can be said
     answered  pairs of record and answer, this rank's
     grades    one an answer, this rank's: exact marks where the task has them, else scores
     """
@@ -765,7 +806,7 @@ def evaluate(trainer, dataloader, scorer, before=None):
     grades = []
     sums = Sums()
     for number, batch in enumerate(dataloader, 1):
-        rollout, attention_mask = trainer.respond(models.generator, batch, 1, -number)
+        rollout, attention_mask = trainer.respond(batch, 1, call=-number)
         logprobs, ref_logprobs, _ = trainer.actor_and_ref_logprobs(
             rollout.tokens, attention_mask, rollout.mask)
         _, scores = trainer.score(rollout, attention_mask, batch["records"])
@@ -831,11 +872,12 @@ def main(config):
            f"{config.ppo_epochs} epoch(s) of {config.rollout_rows // config.minibatch_rows} "
            "update(s)")
     if not config.skip_preflight:
+        # A short run is only warned of models that are hardly trained.
         preflight(trainer, data.train_loader, data.held_records, total_steps)
     # The SFT model answers here, before a checkpoint is loaded, while the actor is the SFT model.
     held_prompts = len(data.held_loader.dataset)
     print0(f"the SFT model answers the {held_prompts} held-out prompts, to compare with")
-    first = evaluate(trainer, data.held_loader, data.scorer)
+    sft_eval = evaluate(trainer, data.held_loader, data.scorer)
     checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
 
     # -------------------------------------------------------------------------
@@ -863,7 +905,7 @@ def main(config):
 
         # what is said about it
         if config.eval_steps and step % config.eval_steps == 0:
-            held = evaluate(trainer, data.held_loader, data.scorer, first)
+            held = evaluate(trainer, data.held_loader, data.scorer, sft_eval)
             for name, value in held.numbers.items():
                 if value is not None:
                     trainer.metrics[f"eval/{name}"] = value
@@ -874,7 +916,7 @@ def main(config):
 
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
-    held = evaluate(trainer, data.held_loader, data.scorer, first)
+    held = evaluate(trainer, data.held_loader, data.scorer, sft_eval)
     check_finite("held-out prompts", held.numbers)
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
@@ -887,11 +929,11 @@ def main(config):
     log.answers(held.answered)
 
     now = held.numbers
-    before = first.numbers
+    before = sft_eval.numbers
     gold_text = f", gold {before['gold']:.3f} -> {now['gold']:.3f}" if data.scorer else ""
     judge = "gold" if data.scorer else "score"
     print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {before['score']:.3f} -> "
-           f"{now['score']:.3f}, KL {now['kl']:.2f} nats a response{gold_text}; better than the "
+           f"{now['score']:.3f}, KL {now['kl']:.2f} nats per response{gold_text}; better than the "
            f"SFT model's answer in {now['win_rate']:.0%} by {judge}; saved {folder}")
 
 

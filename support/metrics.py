@@ -95,9 +95,10 @@ def check_finite(when, numbers):
     wrong = [name for name, v in numbers.items() if isinstance(v, float) and not math.isfinite(v)]
     if wrong:
         raise UsageError(
-            f"{when}: {', '.join(wrong[:3])} is {numbers[wrong[0]]}, so the training has diverged "
-            "and its weights are lost. Nothing was saved since; older models and checkpoints are as "
-            "they were. Start again with a lower learning rate, or more --num_warmup_steps.")
+            f"{when}: {', '.join(wrong[:3])} is {numbers[wrong[0]]}, which is no finite number; "
+            "most likely the training has diverged. Nothing was saved since; older models and "
+            "checkpoints are as they were. Start again with a lower learning rate, or more "
+            "--num_warmup_steps.")
 
 
 class Sums(dict):

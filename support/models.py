@@ -150,33 +150,37 @@ def parameter_count(model):
 # -----------------------------------------------------------------------------
 # in
 
-def load_language_model(name_or_path, tokenizer, ds_config, tokens, lora=None):
-    """-> LanguageModel, with adapters where `lora` (a config) has --lora_dim. See load_model."""
+def load_language_model(name_or_path, tokenizer, ds_config, tokens, lora_config=None):
+    """
+    -> LanguageModel. See load_model.
+
+    lora_config  a RunConfig: adapters where it has --lora_dim
+    """
     model = load_model(name_or_path, tokenizer, ds_config, tokens)
-    if lora is not None:
-        model = add_lora(model, lora)
+    if lora_config is not None:
+        model = add_lora(model, lora_config)
     print0(f"{name_or_path}: language model, {parameter_count(model) / 1e6:.1f}M parameters")
     return LanguageModel(model, vocabulary_size(tokenizer))
 
 
-def load_reward_model(name_or_path, tokenizer, ds_config, tokens, new_head=False, normalise=False,
-                      lora=None):
+def load_reward_model(name_or_path, tokenizer, ds_config, tokens, allow_new_head=False,
+                      normalise=False, lora_config=None):
     """
     -> RewardModel. See load_model.
 
-    new_head   the folder may hold a language model, which then gets a new head
-    normalise  see RewardModel
-    lora       a config: adapters where it has --lora_dim
+    allow_new_head  the folder may hold a language model, which then gets a new head
+    normalise       see RewardModel
+    lora_config     a RunConfig: adapters where it has --lora_dim
     """
     model = load_model(name_or_path, tokenizer, ds_config, tokens, head="score",
-                       score_from_lm=new_head)
-    if lora is not None:
-        model = add_lora(model, lora)
+                       allow_new_head=allow_new_head)
+    if lora_config is not None:
+        model = add_lora(model, lora_config)
     print0(f"{name_or_path}: reward model, {parameter_count(model) / 1e6:.1f}M parameters")
     return RewardModel(model, normalise)
 
 
-def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", score_from_lm=False):
+def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", allow_new_head=False):
     """
     A Hugging Face model in the compute dtype, all dropout off (see disable_dropout), its vocabulary
     as large as the tokenizer's, its pad and EOS ids the tokenizer's.
@@ -185,7 +189,7 @@ def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", score_from
     tokens         the longest sequence that it will see
     head           "lm" (AutoModelForCausalLM) or "score" (AutoModelForSequenceClassification with
                    one label)
-    score_from_lm  with "score": the folder may hold a language model, which then gets a new head
+    allow_new_head  with "score": the folder may hold a language model, which then gets a new head
     raises         UsageError for a folder or name that holds no such model, or too few positions
     """
     hf_config = read_config(name_or_path)
@@ -208,7 +212,7 @@ def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", score_from
 
     # A folder of another kind is known by the weights that it lacks.
     random_weights = name_or_path == "tiny"
-    expected = ["score.weight"] if score_from_lm and not random_weights else []
+    expected = ["score.weight"] if allow_new_head and not random_weights else []
     if missing and missing != expected:
         kind = "language model"
         if head == "score":
@@ -327,8 +331,8 @@ def write_and_replace(model, tokenizer, state, folder):
         replace_files(staging, folder)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise UsageError(f"{folder}: the model could not be saved ({first_line(error)}). Make room, "
-                         "then go on from the newest checkpoint by --resume, if --save_steps made "
+        raise UsageError(f"{folder}: the model could not be saved ({first_line(error)}). Make room,"
+                         " then go on from the newest checkpoint by --resume, if --save_steps made "
                          "one; a model that was there before is as it was.") from error
 
 

@@ -213,7 +213,7 @@ def on_rank0(function):
 
 
 @contextmanager
-def on_any_rank():
+def raise_on_all_ranks():
     """Inside is what each rank does for itself: a UsageError of one is raised on all of them."""
     own_error = None
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from support.flags import UsageError
-from support.processes import on_any_rank
+from support.processes import raise_on_all_ranks
 
 
 @functools.cache
@@ -89,7 +89,7 @@ class RewardFunction:
         columns               the data's other columns; `chosen` and `rejected` always
         raises                UsageError for another signature, an exception, or no B finite numbers
         """
-        with on_any_rank():
+        with raise_on_all_ranks():
             return self._call(records, answers)
 
     def _call(self, records, answers):

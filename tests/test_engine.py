@@ -184,8 +184,9 @@ def test_an_interrupted_save_leaves_the_older_model(process_group, tmp_path, mon
     before = (tmp_path / "out/model.safetensors").read_bytes()
     steps(engine)
     monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+    with pytest.raises(UsageError, match="out: the model could not be saved .disk full.*--resume"):
         save_model(engine, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out/.saving").exists()
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
@@ -196,7 +197,7 @@ def test_a_language_model_is_no_reward_model_until_a_head_is_asked_for(process_g
     opt().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="no reward model"):
         load_model(str(tmp_path), tokenizer, process_group, 64, head="score")
-    head = load_model(str(tmp_path), tokenizer, process_group, 64, head="score", score_from_lm=True).score.weight
+    head = load_model(str(tmp_path), tokenizer, process_group, 64, head="score", allow_new_head=True).score.weight
     assert 0.3 < head.std() * 33 ** 0.5 < 3  # N(0, 1 / (d + 1))
 
 

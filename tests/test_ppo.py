@@ -172,7 +172,7 @@ def test_each_rank_has_noise_of_its_own(trainer, monkeypatch):
     for rank in (0, 1, 0):
         with monkeypatch.context() as patch:
             patch.setattr(step3_ppo.dist, "get_rank", lambda: rank)
-            rollouts.append(trainer.respond(trainer.models.generator, ragged_prompts(trainer), 1, 1)[0].tokens)
+            rollouts.append(trainer.respond(ragged_prompts(trainer), 1, 1)[0].tokens)
     assert torch.equal(rollouts[0], rollouts[2]) and not torch.equal(rollouts[0], rollouts[1])
 
 

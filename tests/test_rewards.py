@@ -13,7 +13,7 @@ import torch
 from data import Collator, encode_records, load_tokenizer, to_records
 from support.flags import UsageError
 from support.models import last_token
-from support.processes import on_any_rank
+from support.processes import raise_on_all_ranks
 from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, Evaluation, evaluate
 from support.reward_functions import RewardFunction, load_reward_function
 from ranks import run_ranks
@@ -249,7 +249,7 @@ def test_a_function_that_cannot_be_had(make_trainer, place, tmp_path):
 
 def one_rank_errs(rank, ranks):
     with pytest.raises(UsageError, match="rank 1's"):
-        with on_any_rank():
+        with raise_on_all_ranks():
             if rank == 1:
                 raise UsageError("rank 1's")
 

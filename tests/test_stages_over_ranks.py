@@ -99,7 +99,7 @@ def loading(folder, config):
     ids = torch.full((2, 6), len(tokenizer) - 1)
     assert engine(ids, torch.ones_like(ids), torch.ones_like(ids)[:, 1:])[0].isfinite().all()
 
-    head = load_model(f"{folder}/llama/actor", tokenizer, settings, 64, head="score", score_from_lm=True).score.weight
+    head = load_model(f"{folder}/llama/actor", tokenizer, settings, 64, head="score", allow_new_head=True).score.weight
     with deepspeed.zero.GatheredParameters([head]):
         assert head.shape == (1, 32) and 0.3 < head.std() * 33 ** 0.5 < 3  # N(0, 1 / (d + 1))
 
