@@ -59,7 +59,7 @@ from support.checkpoints import Checkpoints
 from support.doctor import RunDoctor
 from support.flags import RunConfig, UsageError, flag
 from support.lora import WithoutAdapters
-from support.metrics import MetricsLog, Sums, check_finite
+from support.metrics import MetricsLog, Sums
 from support.models import last_token, load_language_model, load_reward_model, save_model
 from support.plan import dry_run
 from support.preflight import preflight
@@ -810,8 +810,14 @@ def evaluate(trainer, dataloader, scorer, before=None):
         logprobs, ref_logprobs, _ = trainer.actor_and_ref_logprobs(
             rollout.tokens, attention_mask, rollout.mask)
         _, scores = trainer.score(rollout, attention_mask, batch["records"])
-        sums.add(score=float(scores.sum()), kl=float((logprobs - ref_logprobs).sum()))
-        new = list(zip(batch["records"], decode_answers(models.tokenizer, rollout)))
+        answers = decode_answers(models.tokenizer, rollout)
+        # The rows that are repeated to fill up this rank's share have weight 0 and are left out.
+        weight = batch.get("weight", torch.ones(len(answers)))
+        counted = weight.nonzero().flatten().tolist()
+        scores = scores[counted]
+        kl = (logprobs - ref_logprobs)[counted].sum()
+        sums.add(score=float(scores.sum()), kl=float(kl))
+        new = [(batch["records"][row], answers[row]) for row in counted]
         grades += [scorer(*pair) for pair in new] if scorer else scores.tolist()
         answered += new
 
@@ -875,8 +881,7 @@ def main(config):
         # A short run is only warned of models that are hardly trained.
         preflight(trainer, data.train_loader, data.held_records, total_steps)
     # The SFT model answers here, before a checkpoint is loaded, while the actor is the SFT model.
-    held_prompts = len(data.held_loader.dataset)
-    print0(f"the SFT model answers the {held_prompts} held-out prompts, to compare with")
+    print0(f"the SFT model answers the {data.held_count} held-out prompts, to compare with")
     sft_eval = evaluate(trainer, data.held_loader, data.scorer)
     checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
 
@@ -917,7 +922,6 @@ def main(config):
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
     held = evaluate(trainer, data.held_loader, data.scorer, sft_eval)
-    check_finite("held-out prompts", held.numbers)
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")

@@ -109,8 +109,14 @@ class Sums(dict):
             self[name] = self.get(name, 0.0) + value
 
     def over_ranks(self):
-        """-> {name: float}. Collective; every rank has added the same names in the same order."""
-        return dict(zip(self, all_sum(*self.values())))
+        """
+        -> {name: float}. Collective; every rank has added the same names in the same order.
+
+        raises UsageError, on all ranks, for a sum that is no finite number
+        """
+        total = dict(zip(self, all_sum(*self.values())))
+        check_finite("this step", total)
+        return total
 
 
 def memory_gb():
@@ -187,7 +193,10 @@ def sample_answers(model, tokenizer, records, config, batch_size=64):
             batch["input_ids"], batch["attention_mask"], config.max_answer_seq_len,
             seed=config.seed + rank, eos_token_id=model.generation_config.eos_token_id,
             pad_token_id=tokenizer.pad_token_id)
-        answered += zip(batch["records"], decode_answers(tokenizer, rollout))
+        answers = decode_answers(tokenizer, rollout)
+        for record, answer, weight in zip(batch["records"], answers, batch["weight"]):
+            if weight:  # 0 for a row that is repeated to fill up this rank's share
+                answered.append((record, answer))
     print_answers(answered)
     if not scorer:
         return None
