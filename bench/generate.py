@@ -59,7 +59,8 @@ def hugging_face(model, ids, mask, R, temperature):
 
 
 def engine(model, ids, mask, R, temperature, **options):
-    InferenceEngine(model, **options).generate(ids, mask, max_new_tokens=R, temperature=temperature)
+    InferenceEngine(model, **options).generate(ids, mask, max_new_tokens=R, temperature=temperature,
+                                                  eos_token_id=None)
 
 
 def ragged(model, ids, mask, R, **options):
