@@ -14,8 +14,8 @@ Sources (`--data_path`, one or more): `toy` (the built-in task, support/toy.py),
 .jsonl, .csv or .parquet file (the first three .gz too), a folder with train and test files, or a
 dataset's hub name. A source's columns decide how its rows are read (`FORMS`); to add a form, write
 one small function and put it in that list. `--data_split 2,4,4` deals each source's rows to the
-three stages as DeepSpeed-Chat does, so no stage trains on another's rows; one question in ten is
-held out from all three.
+three stages as DeepSpeed-Chat does, so no stage trains on another's rows; one prompt in ten is held
+out from all three.
 
     # one example a stage, the trained tokens marked
     python data.py --data_path toy
@@ -23,16 +23,15 @@ held out from all three.
 """
 
 import copy
+import hashlib
 import itertools
 import math
 import os
-import zlib
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from functools import cached_property, partial
 
-import jinja2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
@@ -55,6 +54,26 @@ class Preference:
     rejected: str | None  # the worse answer; None where the source has demonstrations only
     # the row's other columns, passed to --reward_fn functions
     columns: dict = field(default_factory=dict, compare=False)
+    # the place that errors name: "pairs.jsonl, row 3"
+    origin: str = field(default="a record", compare=False)
+
+    @cached_property
+    def keys(self):
+        """
+        What the record is held out as, normalised texts: the last key decides whether it is held
+        out, and a record is trained on only if none of its keys is held out. There is one key, the
+        whole prompt, unless the row's column `hold_out_as` names others (a text or a list of them):
+        a toy row names every question of its dialogue, because their answers stand in the prompt.
+        """
+        named = self.columns.get("hold_out_as")
+        if not named:
+            named = "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
+        return [normalised(text) for text in ([named] if isinstance(named, str) else named)]
+
+
+def normalised(text):
+    """Text without what makes no difference to a reader: width, case, the kind of white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 HUMAN = "\n\nHuman:"
@@ -66,10 +85,11 @@ def parse_dialogue(text):
     '\\n\\nHuman: hi\\n\\nAssistant: hello\\n\\nHuman: ...' -> messages. Text before the first
     marker is the system's message; text without markers is one message of the user.
     """
-    text = "\n\n" + text.lstrip()
-    if HUMAN not in text:
+    # Windows ends lines by "\r\n".
+    dialogue = "\n\n" + text.replace("\r\n", "\n").lstrip()
+    if HUMAN not in dialogue:
         return [{"role": "user", "content": text.strip()}]
-    system, *turns = text.split(HUMAN)
+    system, *turns = dialogue.split(HUMAN)
     messages = []
     if system.strip():
         messages.append({"role": "system", "content": system.strip()})
@@ -202,6 +222,9 @@ def convert(row, form):
     if not prompt or prompt[-1][0] != "user" or record.chosen == record.rejected:
         return None
     record.columns = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
+    # Halves of surrogate pairs, which JSON can spell but no tokenizer reads, raise here.
+    contents = [content for _, content in prompt]
+    "".join([*contents, record.chosen, record.rejected or "", *record.keys]).encode()
     return record
 
 
@@ -214,11 +237,15 @@ def to_records(rows, source):
         row = blank | row
         try:
             record = convert(row, form)
-        except (LookupError, TypeError, AttributeError, ValueError) as error:
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{source}, row {number}: its text is no Unicode ({error.reason}); "
+                             "mend the row, or leave it out.") from error
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
             raise UsageError(f"{source}, row {number}: text is needed there, or a list of "
                              "messages, each with role and content; "
                              f"{str(row)[:300]} came.") from error
         if record:
+            record.origin = f"{source}, row {number}"
             records.append(record)
     return records, len(rows) - len(records)
 
@@ -226,41 +253,25 @@ def to_records(rows, source):
 # -----------------------------------------------------------------------------
 # hold out, split, blend
 
-def questions(record):
-    """
-    All questions that the user asks in a record's prompt, as texts; the last one is to be answered.
-
-    A row's column `hold_out_as`, a list of texts, stands for them where it has one, so that rows
-    which ask the same in other words are held out together: the toy's rows leave out their openers
-    there, because "Hello! What is 1 + 1?" is no other question than "What is 1 + 1?".
-    """
-    asked = [message["content"] for message in record.prompt if message["role"] == "user"]
-    return record.columns.get("hold_out_as") or asked
-
-
-def final_question(record):
-    return questions(record)[-1]
-
-
-def without_held_questions(records, held_questions):
-    """The records in whose dialogues no held-out question is asked, not even in an earlier turn."""
-    return [record for record in records if held_questions.isdisjoint(questions(record))]
+def without_held(records, held_keys):
+    """The records none of whose keys is held out."""
+    return [record for record in records if held_keys.isdisjoint(record.keys)]
 
 
 def hold_out(records, seed, share=0.1):
     """
-    (training, held-out) records for a source without test rows. Questions are held out, not rows: a
-    held-out record ends with a question that no training record asks. Which questions depends on
-    their text and the seed alone, so all ranks and hosts choose the same.
+    (training, held-out) records for a source without test rows. Prompts are held out, not rows: all
+    rows of a prompt are on the same side. Which prompts depends on their text and the seed alone,
+    so all ranks and hosts choose the same.
     """
-    def random_place(question):  # by a hash, because a generator would depend on the rows' order
-        return zlib.crc32(f"{seed} {question}".encode()), question
+    def random_place(key):  # by a hash, because a generator would depend on the rows' order
+        return hashlib.blake2b(f"{seed} {key}".encode(), digest_size=8).digest(), key
 
-    order = sorted({final_question(record) for record in records}, key=random_place)
+    order = sorted({record.keys[-1] for record in records}, key=random_place)
     count = max(1, round(share * len(order)))
-    held_questions = set(order[:count])
-    held = [record for record in records if final_question(record) in held_questions]
-    return without_held_questions(records, held_questions), held
+    held_keys = set(order[:count])
+    held = [record for record in records if record.keys[-1] in held_keys]
+    return without_held(records, held_keys), held
 
 
 def split_indices(n, data_split, stage, seed):
@@ -299,13 +310,14 @@ def is_usable(record, stage):
 def check_source(source, rows, records, stage):
     """Raises UsageError where a source by itself has too few usable records for a stage."""
     usable = [record for record in records if is_usable(record, stage)]
-    if len({final_question(record) for record in usable}) >= 2:
+    if len({record.keys[-1] for record in usable}) >= 2:
         return
     if usable:
-        way_out = ("two that end with different questions are needed at least, since one in ten "
-                   "is held out.")
+        way_out = ("prompts with two different questions are needed at least, since one in ten is "
+                   "held out.")
     elif stage == 2 and any(record.chosen for record in records):
-        way_out = "--data_split 1,0,0 gives all rows to SFT, where demonstrations alone are enough."
+        way_out = ("demonstrations are for step 1 alone: give them as --sft_data_path, beside a "
+                   "--data_path of pairs.")
     else:
         way_out = (f"its columns are {', '.join(rows[0])}, and a row counts if its prompt ends "
                    "with a user's message and its answers, where it has two, differ.")
@@ -313,51 +325,58 @@ def check_source(source, rows, records, stage):
                      f"which this stage needs; {way_out}")
 
 
-def share_of_stage(records, config, stage, weight):
+def share_of_stage(records, data_split, stage, seed, weight):
     """A source's training records -> a stage's, `weight` times: 2.5 is twice, and then half."""
     # Split first, filter afterwards: a row belongs to the same stage whichever stage asks.
-    dealt = split_indices(len(records), config.data_split, stage, config.seed)
+    dealt = split_indices(len(records), data_split, stage, seed)
     share = [records[i] for i in dealt if is_usable(records[i], stage)]
     whole_copies = int(weight)
     rest = round((weight - whole_copies) * len(share))
     return whole_copies * share + share[:rest]
 
 
-def source_weights(config):
+def sources_of_stage(config, stage):
+    """-> list of (source, data_split, weight)."""
     weights = config.data_weights or [1.0] * len(config.data_path)
     valid = all(0 <= weight < math.inf for weight in weights)
     if len(weights) != len(config.data_path) or not valid or not any(weights):
         raise UsageError(f"--data_weights {' '.join(map(str, weights))} for "
                          f"{len(config.data_path)} source(s): one number >= 0 a source is needed, "
                          "not all 0.")
-    return weights
+    sources = [(source, config.data_split, weight)
+               for source, weight in zip(config.data_path, weights)]
+    if stage == 1:
+        sources += [(source, "1,0,0", 1.0) for source in config.sft_data_path]
+    return sources
 
 
 def load_records(config, stage, log=print):
     """
     (training, held-out) lists of Preference for a stage: 1 SFT, 2 reward model, 3 PPO. All stages
-    hold out the same rows and train on none of them. (DeepSpeed-Chat splits the test rows between
-    the stages too; we found no reason to.)
+    hold out the same rows of --data_path and train on none of them. (DeepSpeed-Chat splits the test
+    rows between the stages too; we found no reason to.)
 
     raises UsageError for a source that is missing, malformed, empty or without the columns the
     stage needs
     """
     train = []
     held = []
-    held_questions = set()
-    for source, weight in zip(config.data_path, source_weights(config)):
+    held_keys = set()
+    sources = sources_of_stage(config, stage)
+    names = ", ".join(source for source, _, _ in sources)
+    for source, data_split, weight in sources:
         rows, test_rows = read_source(source)
         if not rows:
             raise UsageError(f"{source} is empty: it holds no rows to train on.")
         records, _ = to_records(rows, source)
         usable_count = sum(is_usable(record, stage) for record in records)
-        if len(config.data_path) == 1:
+        if len(sources) == 1:
             check_source(source, rows, records, stage)
 
-        # What is held out: the source's own test rows, or one question in ten.
+        # What is held out: the source's own test rows, or one prompt in ten.
         if test_rows:
             to_deal = records
-            test_records, _ = to_records(test_rows, source)
+            test_records, _ = to_records(test_rows, f"{source} (test rows)")
         else:
             to_deal, test_records = hold_out(records, config.seed)
             left_out = len(records) - len(to_deal) - len(test_records)
@@ -366,30 +385,28 @@ def load_records(config, stage, log=print):
                     "earlier")
 
         # What this stage reads of both.
-        share = share_of_stage(to_deal, config, stage, weight)
+        share = share_of_stage(to_deal, data_split, stage, config.seed, weight)
         train += share
         held += [record for record in test_records if is_usable(record, stage)]
-        held_questions |= {final_question(record) for record in test_records}
+        held_keys |= {record.keys[-1] for record in test_records}
         log(f"data: {source}: {len(rows)} rows, {len(rows) - usable_count} without a usable "
             f"example, {len(test_records)} held out, {len(share)} for stage {stage}")
 
-    # Two sources, or a train and a test file, may share questions, which are then held out of all.
+    # Two sources, or a train and a test file, may share prompts, which are then held out of all.
     dealt_count = len(train)
-    train = without_held_questions(train, held_questions)
+    train = without_held(train, held_keys)
     if len(train) < dealt_count:
-        log(f"data: {dealt_count - len(train)} rows left out, whose questions another source holds "
-            "out")
+        log(f"data: {dealt_count - len(train)} rows left out, whose prompts are held out elsewhere")
     if not held:
-        raise UsageError(f"{', '.join(config.data_path)}: none of the held-out rows has "
-                         f"{STAGE_NEEDS[stage]}, which this stage is tested on.")
+        raise UsageError(f"{names}: none of the held-out rows has {STAGE_NEEDS[stage]}, which this "
+                         "stage is tested on.")
     if not train:
         raise UsageError(f"--data_split {config.data_split} leaves no rows for stage {stage} of "
-                         f"{', '.join(config.data_path)}; give that stage a larger share, or more "
-                         "rows.")
+                         f"{names}; give that stage a larger share, or more rows.")
     # Two generators, so that the order of `held` is the same in all stages, whatever they train on.
     np.random.RandomState(config.seed).shuffle(train)
     np.random.RandomState(config.seed).shuffle(held)
-    return train, held[:config.max_eval_samples]
+    return train, held
 
 
 # -----------------------------------------------------------------------------
@@ -412,8 +429,9 @@ def load_tokenizer(name_or_path, chat_template=""):
     pad token      is not EOS, so that "the last token that is not padding" is well defined for
                    everybody who loads the model
     chat template  `chat_template` (Jinja text or a file), else its own, else CHAT_TEMPLATE
-    EOS            is the special token that ends an answer in this template, if one does (Gemma's
-                   <end_of_turn>), so that training, sampling and scoring end at the same token
+    EOS            is the first special token that this template writes after an answer, if it
+                   writes one (Gemma's <end_of_turn>, Phi-3's <|end|>), so that training, sampling
+                   and scoring end at the same token
     """
     if name_or_path == "tiny":
         tokenizer = copy.deepcopy(toy_tokenizer())  # a copy, because the cached one must not change
@@ -421,7 +439,7 @@ def load_tokenizer(name_or_path, chat_template=""):
         check_local_path(name_or_path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # of any kind, because the files' readers raise many
             raise UsageError(f"{name_or_path}: no tokenizer could be loaded ({first_line(error)}). "
                              "A model folder needs its tokenizer files (tokenizer.json, or "
                              "tokenizer.model) beside config.json.") from error
@@ -439,13 +457,13 @@ def load_tokenizer(name_or_path, chat_template=""):
     # The template that is given, or its own, or ours.
     if chat_template:
         is_file = os.path.isfile(chat_template)
-        tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
+        tokenizer.chat_template = read_text(chat_template) if is_file else chat_template
         if "{" not in tokenizer.chat_template:
             raise UsageError(f"--chat_template {chat_template} is neither a file that exists nor "
                              "Jinja text.")
     elif tokenizer.chat_template is None:
-        # OPT and LLaMA start every text with BOS, which the template must then write.
-        starts_with_bos = tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+        # OPT and LLaMA start every text with BOS, an empty one too. The template must write it.
+        starts_with_bos = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if starts_with_bos else "") + CHAT_TEMPLATE
 
     # Some templates end an answer with a special token that is not the tokenizer's EOS.
@@ -457,15 +475,18 @@ def load_tokenizer(name_or_path, chat_template=""):
 
 def end_of_turn(tokenizer):
     """
-    The special token that the chat template writes after an answer, or None where it writes none:
-    a short dialogue is rendered, and its last token is looked at.
+    The first special token that the chat template writes after an answer, or None where it writes
+    none: a short dialogue is rendered, and the text behind its answer is looked at.
     """
     dialogue = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     text, = render(tokenizer, [dialogue])
-    last_id = tokenizer(text.rstrip(), add_special_tokens=False).input_ids[-1]
-    special_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special_ids -= {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
-    return tokenizer.convert_ids_to_tokens(last_id) if last_id in special_ids else None
+    _, _, behind_answer = text.rpartition("Hello")
+    others = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token}
+    places = []
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and token.content not in others and token.content in behind_answer:
+            places.append((behind_answer.index(token.content), token.content))
+    return min(places)[1] if places else None
 
 
 def render(tokenizer, dialogues, open_answer=False):
@@ -473,8 +494,9 @@ def render(tokenizer, dialogues, open_answer=False):
     try:
         return tokenizer.apply_chat_template(dialogues, tokenize=False,
                                              add_generation_prompt=open_answer)
-    except jinja2.TemplateError as error:
-        raise UsageError(f"the chat template cannot render a dialogue: {error}. Give another by "
+    except Exception as error:  # of any kind, because a template is a program
+        reason = f"{type(error).__name__}: {first_line(error).rstrip('.')}"
+        raise UsageError(f"the chat template cannot render a dialogue: {reason}. Give another by "
                          "--chat_template, or leave out what it refuses (system messages, say, or "
                          "two answers in a row).") from error
 
@@ -491,7 +513,7 @@ def encode_prompts(tokenizer, prompts):
 def encode_answers(tokenizer, prompts, answers):
     """
     Lists of message lists and of answer texts -> list of (prompt ids, answer ids). An answer ends
-    with EOS. A prompt is tokenised as it will be at generation, by itself: its ids are what the
+    with its first EOS, whatever the template writes after it. A prompt is tokenised as it will be at generation, by itself: its ids are what the
     model sees before it answers, even where prompt and answer would merge at their seam.
     """
     dialogues = [prompt + [{"role": "assistant", "content": answer}]
@@ -512,15 +534,16 @@ def encode_answers(tokenizer, prompts, answers):
     all_full_ids = tokenizer(full_texts, add_special_tokens=False).input_ids
 
     # Behind the prompt's ids stand the answer's, unless a token lies across the seam.
+    eos = tokenizer.eos_token_id
     encoded = []
     for prompt_ids, full_ids, answer_text in zip(all_prompt_ids, all_full_ids, answer_texts):
         if full_ids[:len(prompt_ids)] == prompt_ids:
             answer_ids = full_ids[len(prompt_ids):]
         else:
             answer_ids = tokenizer(answer_text, add_special_tokens=False).input_ids
-        if not answer_ids or answer_ids[-1] != tokenizer.eos_token_id:
-            answer_ids = answer_ids + [tokenizer.eos_token_id]
-        encoded.append((prompt_ids, answer_ids))
+        if eos in answer_ids:
+            answer_ids = answer_ids[:answer_ids.index(eos)]
+        encoded.append((prompt_ids, answer_ids + [eos]))
     return encoded
 
 
@@ -544,6 +567,33 @@ def prompt_items(records, tokenizer):
     """Stage 3: the prompt alone, and the record that the reward functions read."""
     _, all_ids = encode_prompts(tokenizer, [record.prompt for record in records])
     return [{"input_ids": ids, "record": record} for ids, record in zip(all_ids, records)]
+
+
+def text_items(texts, tokenizer):
+    """PPO's mixture: a text + EOS, without a chat template."""
+    all_ids = tokenizer(texts, add_special_tokens=False).input_ids
+    return [{"input_ids": ids + [tokenizer.eos_token_id]} for ids in all_ids]
+
+
+def encode_rows(make_items, rows, names, tokenizer):
+    """
+    Yields the items of make_items(rows, tokenizer). What it raises ends as a UsageError that begins
+    with the name of the row at fault.
+    """
+    # In thousands, because ids in Python's lists take nine times the memory of the arrays that the
+    # callers make of them.
+    for start in tqdm(range(0, len(rows), 1000), disable=len(rows) < 50_000,
+                      desc="encoding, thousands of rows"):
+        thousand = slice(start, start + 1000)
+        try:
+            yield from make_items(rows[thousand], tokenizer)
+        except Exception:  # of any kind, because templates are programs and tokenizers many
+            for row, name in zip(rows[thousand], names[thousand]):
+                try:
+                    make_items([row], tokenizer)
+                except Exception as error:
+                    raise UsageError(f"{name}: {first_line(error)}") from error
+            raise
 
 
 def sequences_of(item):
@@ -570,21 +620,19 @@ def encode_records(records, tokenizer, stage, max_len, log=print):
     raises UsageError if nothing is left
     """
     make_items = {1: sft_items, 2: pair_items, 3: prompt_items}[stage]
+    names = [record.origin for record in records]
     items = []
     cut = 0
-    # In thousands, because ids in Python's lists take nine times the memory of the arrays.
-    for start in tqdm(range(0, len(records), 1000), disable=len(records) < 50_000,
-                      desc=f"encoding for stage {stage}, thousands of rows"):
-        for item in make_items(records[start:start + 1000], tokenizer):
-            # Before training there must be room for one token of the answer; PPO's answers are not
-            # part of the item.
-            needed = item["prompt_len"] + 1 if stage < 3 else len(item["input_ids"])
-            if needed > max_len:
-                continue
-            cut += longest_sequence(item) > max_len
-            for name, ids in sequences_of(item).items():
-                item[name] = np.array(ids[:max_len], np.int32)
-            items.append(item)
+    for item in encode_rows(make_items, records, names, tokenizer):
+        # Before training there must be room for one token of the answer; PPO's answers are not part
+        # of the item.
+        needed = item["prompt_len"] + 1 if stage < 3 else len(item["input_ids"])
+        if needed > max_len:
+            continue
+        cut += longest_sequence(item) > max_len
+        for name, ids in sequences_of(item).items():
+            item[name] = np.array(ids[:max_len], np.int32)
+        items.append(item)
     limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
     dropped = len(records) - len(items)
     log(f"data: {len(items)} examples encoded; {dropped} dropped (prompt over {limit} {max_len}), "
@@ -595,36 +643,43 @@ def encode_records(records, tokenizer, stage, max_len, log=print):
     return items
 
 
-def document_ids(source, tokenizer):
+def document_ids(source, tokenizer, held_keys, log):
     """
     A source of plain text -> ids of its documents end to end, EOS after each. A document is a .txt
     file (.gz too), or a row of another source: its column `text` if it has one, else the dialogue
-    with its better answer.
+    with its better answer, unless its prompt is held out.
     """
     if source.removesuffix(".gz").endswith(".txt"):
         rows = [{"text": read_text(source)}]
     else:
         rows, _ = read_source(source)
-    ids = []
-    if rows and "text" in rows[0]:
-        texts = [row["text"] for row in rows]
-        for document in tokenizer(texts, add_special_tokens=False).input_ids:
-            ids += document + [tokenizer.eos_token_id]
-    elif rows:
+    if not rows:
+        return []
+    if "text" in rows[0]:
+        texts = [row.get("text") for row in rows]
+        names = [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
+        items = encode_rows(text_items, texts, names, tokenizer)
+    else:
         records, _ = to_records(rows, source)
-        for item in sft_items([record for record in records if record.chosen], tokenizer):
-            ids += item["input_ids"]
-    return ids
+        answered = [record for record in records if record.chosen]
+        kept = without_held(answered, held_keys)
+        if len(kept) < len(answered):
+            log(f"data: {source}: {len(answered) - len(kept)} rows left out of the text, whose "
+                "prompts are held out of --data_path")
+        items = encode_rows(sft_items, kept, [record.origin for record in kept], tokenizer)
+    return [token for item in items for token in item["input_ids"]]
 
 
-def encode_text(sources, tokenizer, length, log=print):
+def encode_text(sources, tokenizer, length, held_keys=frozenset(), log=print):
     """
     Plain text for PPO's mixture term -> list of items of stage 1, `length` tokens each, all of them
     trained: the documents of all sources end to end, cut into chunks.
+
+    held_keys  Preference.keys of what must not be in the text
     """
     ids = []
     for source in sources:
-        ids += document_ids(source, tokenizer)
+        ids += document_ids(source, tokenizer, held_keys, log)
     count = len(ids) // length
     chunks = np.array(ids[:count * length], np.int32).reshape(count, length)
     log(f"data: {', '.join(sources)}: {len(ids)} tokens of text in {count} chunks of {length}")
@@ -672,6 +727,7 @@ class Collator:
              loss_mask                   (2B, T) float32, 1 on the answers' tokens
     stage 3  input_ids, attention_mask   (B, P) int64, left-padded: answers start in the same column
              records                     a list of B
+    all      weight                      (B,) float32, 0 on the rows that rank_share repeats, else 1
     """
 
     def __init__(self, stage, pad_token_id, train_on_prompt=False):
@@ -680,10 +736,11 @@ class Collator:
         self.train_on_prompt = train_on_prompt
 
     def __call__(self, items):
+        weight = torch.tensor([item.get("weight", 1.0) for item in items])
         if self.stage == 3:
             ids, mask = pad([item["input_ids"] for item in items], self.pad_token_id, "left")
             records = [item["record"] for item in items]
-            return {"input_ids": ids, "attention_mask": mask, "records": records}
+            return {"input_ids": ids, "attention_mask": mask, "records": records, "weight": weight}
 
         prompt_lens = [item["prompt_len"] for item in items]
         if self.stage == 1:
@@ -696,7 +753,7 @@ class Collator:
         if not self.train_on_prompt:
             columns = torch.arange(ids.size(1))
             loss_mask[columns < torch.tensor(prompt_lens)[:, None]] = 0
-        return {"input_ids": ids, "attention_mask": mask, "loss_mask": loss_mask}
+        return {"input_ids": ids, "attention_mask": mask, "loss_mask": loss_mask, "weight": weight}
 
 
 class MicroBatches:
@@ -716,25 +773,43 @@ class MicroBatches:
         return [self.collate(items[i * size:(i + 1) * size]) for i in range(self.parts)]
 
 
-def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, shuffle=True,
-                    size_flags="--per_device_train_batch_size or --gradient_accumulation_steps"):
+def rows_of_step(row_count, config, stage, world_size):
     """
-    Every rank gets its share of the same seeded order; the last incomplete batch is dropped when
-    training. The k-th batches of all ranks together are the same rows for any number of ranks. Call
-    `.sampler.set_epoch` each epoch.
+    Rows of an optimizer step, or in stage 3 prompts of a rollout, on each process. Raises
+    UsageError where a stage's row_count training rows do not fill one step of all processes.
     """
-    if shuffle and len(dataset) < batch_size * world_size:
-        raise UsageError(f"{len(dataset)} examples do not fill one step of {batch_size} rows on "
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    size_flags = "--per_device_train_batch_size or --gradient_accumulation_steps"
+    if stage == 3:
+        rows = config.per_device_generation_batch_size
+        size_flags = "--per_device_generation_batch_size"
+    if row_count < rows * world_size:
+        raise UsageError(f"{row_count} examples do not fill one step of {rows} rows on "
                          f"{world_size} process(es); lower {size_flags}, or give more data.")
-    sampler = DistributedSampler(dataset, world_size, rank, shuffle=shuffle, seed=seed,
-                                 drop_last=shuffle)
-    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=shuffle)
+    return rows
+
+
+def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1):
+    """
+    Of training rows: every rank gets its share of the same seeded order, without the last
+    incomplete batch. The k-th batches of all ranks together are the same rows for any number of
+    ranks. Call `.sampler.set_epoch` each epoch.
+    """
+    sampler = DistributedSampler(dataset, world_size, rank, seed=seed, drop_last=True)
+    return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=True)
 
 
 def rank_share(items, rank, world_size):
-    """Every world_size-th item; wraps around, because collectives need equally many a rank."""
-    share = math.ceil(len(items) / world_size)
-    return [items[(rank + i * world_size) % len(items)] for i in range(share)]
+    """
+    Of rows to evaluate, dicts: every world_size-th, each with its "weight". Collectives need
+    equally many rows a rank, so the last ranks may get one of the first rows again, with weight 0.
+    """
+    share = []
+    for first in range(0, len(items), world_size):
+        place = first + rank
+        is_repeated = place >= len(items)
+        share.append({**items[place % len(items)], "weight": 0.0 if is_repeated else 1.0})
+    return share
 
 
 def count_steps(dataloader, epochs, max_steps=-1):
@@ -769,7 +844,8 @@ class StageData:
     """What a stage reads; the loaders are this rank's."""
     train_loader: DataLoader  # of lists of micro-batches in stages 1 and 2, of batches in stage 3
     held_loader: DataLoader   # of batches, in a fixed order
-    held_records: list        # the held-out Preferences
+    held_count: int           # held-out rows that are evaluated on all ranks together
+    held_records: list        # their Preferences, and those of which nothing fits --max_seq_len
     total_steps: int          # of the run
     scorer: object            # f(record, answer) -> exact mark in [0, 1]; None if there is none
     text_batches: object      # iterator of PPO's mixture: load_text_batches; None if there is none
@@ -782,41 +858,48 @@ def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
     done  steps of the run that a checkpoint holds
     """
     max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
-    train_records, held_records = load_records(config, stage, log)
+    train_records, all_held_records = load_records(config, stage, log)
+    held_records = all_held_records[:config.max_eval_samples]
     train_set = encode_records(train_records, tokenizer, stage, max_len, log)
     held_set = encode_records(held_records, tokenizer, stage, max_len, log)
 
     train_on_prompt = getattr(config, "train_on_prompt", False)  # a flag of stage 1 alone
     collate = Collator(stage, tokenizer.pad_token_id, train_on_prompt)
-    if stage == 3:
-        rows = config.per_device_generation_batch_size
-        train_loader = make_dataloader(train_set, collate, rows, config.seed, rank, world,
-                                       size_flags="--per_device_generation_batch_size")
-    else:
-        rows = config.per_device_train_batch_size
-        parts = config.gradient_accumulation_steps
-        train_loader = make_dataloader(train_set, MicroBatches(collate, parts), rows * parts,
-                                       config.seed, rank, world)
-    held_loader = make_dataloader(held_set, collate, rows, config.seed, rank, world, shuffle=False)
+    collate_step = collate
+    rows = rows_of_step(len(train_set), config, stage, world)
+    held_rows = rows
+    if stage < 3:
+        collate_step = MicroBatches(collate, config.gradient_accumulation_steps)
+        held_rows = config.per_device_train_batch_size
+    train_loader = make_dataloader(train_set, collate_step, rows, config.seed, rank, world)
+    held_loader = DataLoader(rank_share(held_set, rank, world), held_rows, collate_fn=collate)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
+    steps = "rollouts" if stage == 3 else "optimizer steps"
+    log(f"data: {total_steps} {steps} of {rows} rows a process, {len(train_loader)} an epoch; "
+        "--num_train_epochs or --max_steps makes it more")
+    if total_steps < 10:
+        log(f"data: warning: {total_steps} {steps} teach a model next to nothing")
+
     text_batches = None
     if getattr(config, "unsupervised_data_path", None):  # a flag of stage 3 alone
         updates = config.updates_per_rollout
+        held_keys = {record.keys[-1] for record in all_held_records}
         text_batches = load_text_batches(config, tokenizer, total_steps * updates, done * updates,
-                                         rank, world, log)
-    return StageData(train_loader, held_loader, held_records, total_steps, gold_scorer(config),
-                     text_batches)
+                                         rank, world, held_keys, log)
+    return StageData(train_loader, held_loader, len(held_set), held_records, total_steps,
+                     gold_scorer(config), text_batches)
 
 
-def load_text_batches(config, tokenizer, steps, done, rank, world, log=print):
+def load_text_batches(config, tokenizer, steps, done, rank, world, held_keys, log=print):
     """
-    --unsupervised_data_path -> iterator of one list of micro-batches for each of `steps` optimizer
-    steps of PPO, those after the first `done`. An optimizer step has one chunk of text for each of
-    its answers.
+    --unsupervised_data_path, without what is held out, -> iterator of one list of micro-batches for
+    each of `steps` optimizer steps of PPO, those after the first `done`. An optimizer step has one
+    chunk of text for each of its answers.
     """
     parts = config.gradient_accumulation_steps
     rows = config.per_device_train_batch_size * parts
-    chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len, log)
+    chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len,
+                         held_keys, log)
     if len(chunks) < rows * world:
         raise UsageError(f"--unsupervised_data_path: {len(chunks)} chunks of --max_seq_len "
                          f"{config.max_seq_len} tokens do not fill one optimizer step of "

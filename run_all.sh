@@ -157,15 +157,29 @@ config=(--deepspeed_config "$here/configs/$hardware.json")
 if [ "$hardware" != multinode ]; then  # a port of its own, so that two runs on one host do not meet
   launch+=(--master_port "$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')")
 fi
+hand_on() {  # a SIGTERM, to the children of the launcher's child: the ranks, which save. The launcher would kill a rank that
+  # needs more than 30 s for it. Before there are ranks, and where they are on other hosts, it goes to the launcher's child.
+  local child ranks=
+  child=$(cat "/proc/$1/task/$1/children" 2> /dev/null)
+  [ -n "${hosts:-}" ] || [ -z "$child" ] || ranks=$(cat /proc/${child%% *}/task/${child%% *}/children 2> /dev/null)
+  kill ${ranks:-${child:-$1}} 2> /dev/null
+}
 stage() {  # name, flags
-  local name=$1 began=$SECONDS
+  local name=$1 began=$SECONDS code=0 told=
   shift
   echo; echo "=== $name: ${launch[*]} $name.py $*"
   "${launch[@]}" "$here/$name.py" "$@" &
-  # a SIGTERM to this script goes to the launcher's child, which hands it on to the ranks (with --save_steps they save),
-  # or to the launcher while it has none; so does Ctrl-C, which a launcher in the background does not hear
-  trap "kill \$(cat /proc/$!/task/$!/children) 2> /dev/null || kill $! 2> /dev/null" TERM INT
-  wait $! || wait $! || stop "$name.py failed; its last lines above say why"
+  # so does Ctrl-C, which a launcher in the background does not hear
+  trap 'told=1; hand_on $! || true' TERM INT
+  wait $! || while kill -0 $! 2> /dev/null; do wait $! || true; done  # a signal ends a `wait`, and not the stage
+  wait $! || code=$?
+  trap - TERM INT
+  # 143: a rank was told to stop by somebody else; 2: it was told, and then could not save
+  if [ $code = 143 ] || { [ "$told" ] && [ $code != 2 ]; }; then
+    echo "run_all.sh: $name.py was stopped; the same line with --resume goes on where it was" >&2
+    exit 143
+  fi
+  [ $code = 0 ] || stop "$name.py failed; its last lines above say why"
   echo "=== $name took $((SECONDS - began)) s"
 }
 step1=("${config[@]}" --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-})

@@ -84,6 +84,8 @@ def perplexity(model, dataloader):
     tokens = 0.0
     for batch in dataloader:
         batch = to_device(batch)
+        # A row that is repeated to fill up a rank's share has weight 0.
+        batch["loss_mask"] = batch["loss_mask"] * batch["weight"][:, None]
         nats += batch_loss(model, batch)
         tokens += trained_tokens([batch])
     nats, tokens = all_sum(nats, tokens)

@@ -125,20 +125,22 @@ def evaluate(score_pairs, dataloader):
 
     score_pairs  batch of data.Collator(2) -> scores of the chosen and of the rejected answers
     """
-    # Scores and lengths of this rank's pairs: four rows, one column a pair.
+    # Scores, lengths and weights of this rank's pairs: five rows, one column a pair.
     columns = []
     for batch in dataloader:
         batch = to_device(batch)
         chosen, rejected = score_pairs(batch)
         chosen_length, rejected_length = batch["loss_mask"].sum(1).chunk(2)
-        rows = torch.stack([chosen, rejected, chosen_length, rejected_length])
+        weight = batch.get("weight", torch.ones_like(chosen))
+        rows = torch.stack([chosen, rejected, chosen_length, rejected_length, weight])
         columns.append(rows.double())
     own = torch.cat(columns, 1)
 
-    # Those of all ranks, whose shares are equally large.
+    # Those of all ranks, whose shares are equally large, without the pairs that only fill them.
     shares = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, own)
-    chosen, rejected, chosen_length, rejected_length = torch.cat(shares, 1)
+    columns = torch.cat(shares, 1)
+    chosen, rejected, chosen_length, rejected_length, _ = columns[:, columns[-1] > 0]
 
     margins = chosen - rejected
     scores = torch.cat([chosen, rejected])
@@ -259,7 +261,7 @@ def main(config):
     seconds = checkpoints.seconds + time.time() - began
     checkpoints.finish({"seconds": seconds, **held}, config.model_name_or_path)
     gold_text = f", gold {held['gold']:.3f}" if held.get("gold") is not None else ""
-    held_pairs = len(data.held_loader.dataset)
+    held_pairs = data.held_count
     print0(f"\nstep 2 done in {seconds:.0f} s: held-out accuracy {held['accuracy']:.3f} on "
            f"{held_pairs} pairs, calibration error {held['calibration_error']:.3f}, correlation "
            f"with length {held['length_correlation']:.2f}, scores {held['score_mean']:.2f} +- "

@@ -196,10 +196,10 @@ def why_unsupported(model):
         return (f"activation {activation!r} is not in kernels/activation.py "
                 f"({', '.join([*FORMS, *ALIASES])})")
     if config.model_type == "bloom" and model.dtype != torch.float32:
-        # Hugging Face rounds ALiBi's biases, and the scores with them, to 16 bits. At 700 tokens its
-        # training forward is then 0.1 nats per token from a sampler that does not.
-        return (f"in {str(model.dtype).removeprefix('torch.')} its training forward rounds ALiBi, so "
-                "that the decoder would sample from another policy than the one that is trained")
+        # Hugging Face rounds ALiBi's biases, and the scores with them, to 16 bits. At 700 tokens
+        # its training forward is then 0.1 nats per token from a sampler that does not.
+        return (f"in {str(model.dtype).removeprefix('torch.')} its training forward rounds ALiBi, "
+                "so the decoder would sample from another policy than the one that is trained")
     if getattr(config, "apply_residual_connection_post_layernorm", False):
         return ("its residual connection starts after the norm "
                 "(apply_residual_connection_post_layernorm)")

@@ -9,27 +9,35 @@ Checkpoints: what a run leaves on the disk, and how --resume goes on from it.
         manifest.json               steps, processes, seconds, the size of every file, the flags
     output/sft/checkpoint-400.tmp/  one that is being written, or whose writer was killed
     output/sft/run_config.json      the flags of a stage that was run to its end
+    output/.sft.lock                locked by the process that trains into output/sft
 
 Written  into checkpoint-N.tmp: engines, random numbers, trainer, log, and the manifest last. When
          all of it is on the disk, the folder is renamed to checkpoint-N, and older ones go.
 Found    the newest checkpoint-N whose files all have the sizes in its manifest. It is used where
-         the run had the same flags and read the same files, and refused where it did not.
+         the run had the same flags and read the same files, and refused where it did not. The
+         number of steps may differ.
 
-So a run that is killed at any moment goes on to the same weights, bit for bit.
+So a run that is killed at any moment goes on to the same weights, bit for bit. The project's own
+files (*.pt beside the engines' folders) are read without running pickled code; DeepSpeed reads its
+own as it likes, so a checkpoint from a stranger is not to be trusted.
 """
 
 import argparse
 import copy
 import dataclasses
+import fcntl
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
+import socket
 import sys
+import threading
 import time
 import zlib
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +47,12 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from safetensors import SafetensorError, safe_open
 
 from support.flags import UsageError, first_line
 from support.metrics import STAGES, write_json, write_summary
 from support.processes import (all_sum, compute_dtype, deepspeed_settings, on_rank0, print0,
-                               seed_everything)
+                               raise_on_all_ranks, seed_everything)
 
 
 # -----------------------------------------------------------------------------
@@ -55,7 +64,11 @@ MAY_CHANGE_ON_RESUME = {
     "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size",
     "gradient_accumulation_steps", "per_device_generation_batch_size", "inference_tp_size",
     "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "resume",
-    "skip_preflight", "device_tflops", "device_price"}
+    "overwrite_output_dir", "skip_preflight", "device_tflops", "device_price"}
+
+# Flags that say how long a run is. A finished run with others of them is not the same run, but one
+# that goes on from a checkpoint may have them.
+LENGTH_FLAGS = {"max_steps", "num_train_epochs"}
 
 
 def resolved_config(config, section):
@@ -82,7 +95,7 @@ def resolved_config(config, section):
                 # moved as a whole.
                 shown = f"OUTPUT_DIR/{Path(path).relative_to(config.output_dir)}"
                 flags[name] = shown
-            flags[f"{name} {shown}, checksum"] = checksum(path)
+            flags[f"{name} {shown}, checksum of its bytes"] = checksum(path)
 
     # What flags and DeepSpeed JSON come to together.
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * world
@@ -98,30 +111,37 @@ def resolved_config(config, section):
 
 def checksum(path):
     """
-    CRC of a data file, or of the files in a folder: their names, sizes, first and last megabytes.
-    The files that a stage writes beside its model do not count.
+    CRC of a file, or of the files in a folder: their names and all of their bytes, at 2.4 GB a
+    second where the disk gives them as fast. The files that a run writes beside its model do not
+    count, nor do hidden ones.
     """
     path = Path(path)
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        # What `datasets` saved lies in folders below. Of other folders only the files are read.
+        saved_by_datasets = (path / "dataset_dict.json").exists()
+        files = sorted(path.rglob("*") if saved_by_datasets else path.iterdir())
+    written_by_a_run = ("metrics.jsonl", "run_config.json", "summary.json")
     crc = 0
     for file in files:
-        if not file.is_file() or file.name in ("metrics.jsonl", "run_config.json"):
+        name = str(file.relative_to(path)) if file != path else file.name
+        if not file.is_file() or name.startswith(".") or file.name in written_by_a_run:
             continue
-        size = file.stat().st_size
+        crc = zlib.crc32(f"{name} {file.stat().st_size} ".encode(), crc)
         with open(file, "rb") as opened:
-            crc = zlib.crc32(f"{file.name} {size} ".encode() + opened.read(2**20), crc)
-            opened.seek(max(size - 2**20, 0))
-            crc = zlib.crc32(opened.read(), crc)
+            while block := opened.read(2**24):
+                crc = zlib.crc32(block, crc)
     return crc
 
 
-def changed_flag(then, now):
+def changed_flag(then, now, apart_from=()):
     """
     The first entry that counts and differs between two resolved configs, as part of a sentence;
-    None if all agree. An entry that the older config lacks does not count.
+    None if all agree. An entry that the older config lacks does not count, nor do those named in
+    `apart_from`.
     """
     for name, value in now.items():
-        if name in MAY_CHANGE_ON_RESUME or name not in then:
+        if name in MAY_CHANGE_ON_RESUME or name in apart_from or name not in then:
             continue
         if then[name] != value:
             return f"--{name} {then[name]}, and now it is {value}"
@@ -129,32 +149,143 @@ def changed_flag(then, now):
 
 
 # -----------------------------------------------------------------------------
+# may this run write here?
+
+def refuse_to_overwrite(config, section):
+    """
+    Raises UsageError where the stage's folder holds a finished model, unless a flag says what is to
+    become of that. Needs no process group, because run_all.sh asks before the first stage.
+
+    section  the stage's name in summary.json: "sft", "reward", "dpo" or "ppo"
+    """
+    if config.resume or config.overwrite_output_dir or config.dry_run:
+        return
+    folder = Path(config.output_dir) / STAGES[section]
+    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    has_model = has_weights and (folder / "config.json").exists()
+    if has_model or (folder / "run_config.json").exists():
+        raise UsageError(
+            f"{folder} holds the finished model of an earlier run: --resume keeps it if it was "
+            "made with the same flags, --overwrite_output_dir replaces it, and another "
+            "--output_dir leaves it alone.")
+
+
+# {lock file: open file} of the folders that this process has locked. The system gives a lock up
+# when its process ends, however it ends.
+held_locks = {}
+
+
+def lock_folder(folder):
+    """
+    Rank 0. Keeps other runs out of a stage's folder for as long as this process lives. The lock
+    file lies beside the folder, because an empty folder would look like a model to the next stage.
+
+    raises  UsageError where another process has the lock
+    """
+    path = folder.with_name(f".{folder.name}.lock").resolve()
+    if path in held_locks:
+        return
+    try:
+        file = open(path, "a+")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UsageError(
+            f"{folder} is in use: another run trains there ({file.read() or 'a process'}). Wait "
+            "until it ends, stop it, or give this run another --output_dir.") from error
+    except OSError as error:
+        print0(f"warning: {path} cannot be locked ({first_line(error)}), so a second run in the "
+               "same folder would not be noticed")
+        return
+    held_locks[path] = file
+
+
+def what_a_model_lacks(folder):
+    """
+    A model's folder -> None where the model is whole, else what is wrong, as part of a sentence.
+    Only the weights' headers and lengths are read.
+    """
+    if not (folder / "config.json").exists():
+        return "config.json is missing"
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError):
+            return f"{index.name} cannot be read"
+    for name in names:
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        try:
+            # Opening compares the file's length with what its header promises.
+            with safe_open(folder / name, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{name} is not whole, {first_line(error)}"
+    return None
+
+
+# -----------------------------------------------------------------------------
 # was this run told to stop?
+
+STOPPED = 128 + signal.SIGTERM  # the exit code of a run that was told to
+
 
 class StopSignal:
     """
     Whether this run was told to stop: by a SIGTERM or a first Ctrl-C to any rank, or by the end of
-    the `deepspeed` launcher. A second Ctrl-C ends the process at once.
+    the `deepspeed` launcher.
+
+    before `defer`  there is nothing to save, so the signal ends the process
+    from there on   the signal is noted, for whoever asks `on_any_rank`. A second Ctrl-C ends the
+                    process at once
     """
+
+    # The handlers that `unwatch` puts back.
+    before = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
     def __init__(self):
         self.received = False
-        self.handlers_before = {}
+        self.deferred = False
         self.launcher_parent = None
 
     def watch(self):
-        """From here on both signals are only noted."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self.handlers_before[number] = signal.signal(number, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return  # because Python refuses handlers in all others
+        for number in self.before:
+            handler = signal.signal(number, self._told)
+            # An earlier run of this process that ended in an exception has left its own there.
+            if not isinstance(getattr(handler, "__self__", None), StopSignal):
+                self.before[number] = handler
         # `deepspeed` starts a child, and the child starts the ranks. When `deepspeed` dies of a
         # SIGTERM it hands nothing on, but then the child has a new parent.
         child = psutil.Process().parent()
         if child and "deepspeed.launcher.launch" in child.cmdline():
             self.launcher_parent = child.ppid()
 
-    def _note(self, *_):
+    def defer(self):
+        self.deferred = True
+
+    def _told(self, number, _):
+        is_first = not self.received
         self.received = True
-        signal.signal(signal.SIGINT, self.handlers_before[signal.SIGINT])
+        sentence = ("told to stop before a step was done: the same command with --resume goes on "
+                    "from the newest checkpoint, or starts from the beginning")
+        if self.deferred:
+            if number == signal.SIGINT:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+            sentence = ("told to stop: the step or evaluation in hand is finished first, and its "
+                        "result saved (a second Ctrl-C ends the run at once)")
+        if is_first:
+            # The signal may have come in the middle of a print, and Python allows none inside it.
+            with suppress(RuntimeError):
+                print0(f"\n{sentence}")
+        if not self.deferred:
+            sys.exit(STOPPED)
 
     def on_any_rank(self):
         """Collective, because all ranks must stop after the same step."""
@@ -165,8 +296,9 @@ class StopSignal:
         return told > 0
 
     def unwatch(self):
-        for number, handler in self.handlers_before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
 
 # -----------------------------------------------------------------------------
@@ -187,14 +319,16 @@ class Checkpoints:
         Looks for what --resume goes on from.
 
         section  the stage's name in summary.json: "sft", "reward", "dpo" or "ppo"
-        raises   UsageError where other flags made the checkpoint, or nothing can be written
+        raises   UsageError where other flags made the checkpoint, where nothing can or may be
+                 written, and where another run writes
         """
         self.config = config
         self.section = section
         self.folder = Path(config.output_dir) / STAGES[section]
         self.began = time.time()
         self.stop_signal = StopSignal()
-        on_rank0(lambda: make_output_dir(config.output_dir))
+        self.stop_signal.watch()
+        on_rank0(self._open_folder)
         # The files are read for their checksums now and once, because a file that changes while the
         # run goes on is not what the run has read.
         self.resolved = on_rank0(lambda: resolved_config(config, section))
@@ -209,6 +343,14 @@ class Checkpoints:
         if self.manifest:
             self.done = self.manifest["step"]
             self.seconds = self.manifest["seconds"]
+        if self.finished:
+            self.stop_signal.unwatch()
+
+    def _open_folder(self):
+        """Rank 0, before anything slow."""
+        make_output_dir(self.config.output_dir)
+        lock_folder(self.folder)
+        refuse_to_overwrite(self.config, self.section)
 
     # -------------------------------------------------------------------------
     # how a checkpoint is found
@@ -224,6 +366,11 @@ class Checkpoints:
         changed = changed_flag(json.loads(record.read_text()), self.resolved)
         if changed:
             print0(f"{self.folder}: done with {changed}")
+            return False
+        lack = what_a_model_lacks(self.folder)
+        if lack:
+            print0(f"warning: {self.folder} was run to its end, but its model is not whole "
+                   f"({lack}), so --resume makes it again")
             return False
         print0(f"{self.folder}: done already, --resume leaves it")
         return True
@@ -241,11 +388,17 @@ class Checkpoints:
             if lack:
                 print0(f"warning: {path} is skipped, it is not complete: {lack}")
                 continue
-            changed = changed_flag(manifest["config"], self.resolved)
-            if changed:
+            changed = changed_flag(manifest["config"], self.resolved, apart_from=LENGTH_FLAGS)
+            if not changed:
+                if self.config.max_steps > 0:
+                    refuse_fewer_steps(path, manifest["step"], self.config.max_steps)
+                return manifest
+            if not self.config.overwrite_output_dir:
                 raise UsageError(f"{path} was made with {changed}: go on with the old value, or "
-                                 f"remove {self.folder}/checkpoint-* to start from the beginning.")
-            return manifest
+                                 "add --overwrite_output_dir to start from the beginning.")
+            print0(f"{path} was made with {changed}: --overwrite_output_dir starts from the "
+                   "beginning")
+            return None
         print0(f"--resume: no complete checkpoint in {self.folder}, so the run starts from the "
                "beginning")
         return None
@@ -276,25 +429,29 @@ class Checkpoints:
     def load(self, engines, total_steps, trainer=None):
         """
         Puts what --resume found into the engines, the trainer and the random number generators.
-        From here to the last step, with --save_steps, SIGTERM or Ctrl-C ends the run with exit code
-        143, after the step in hand and its checkpoint.
+        From here on SIGTERM or Ctrl-C ends the run with exit code 143: after the step in hand and
+        its checkpoint, or, when the last step is done, after the model is saved.
 
         engines  name -> DeepSpeed engine, or None
         trainer  has state_dict and load_state_dict, or is None
+        raises   UsageError where the checkpoint has more steps than the run
         """
+        if self.manifest:
+            path = self.folder / f"checkpoint-{self.done}"
+            refuse_fewer_steps(path, self.done, total_steps)
+        self.stop_signal.defer()
         self.engines = {name: engine for name, engine in engines.items() if engine}
         self.total_steps = total_steps
         self.trainer = trainer
         if dist.get_rank() == 0:
             for left in self.folder.glob("checkpoint-*.tmp"):
                 shutil.rmtree(left)
+            shutil.rmtree(self.folder / ".saving", ignore_errors=True)
             # Without this file the stage is not finished.
             (self.folder / "run_config.json").unlink(missing_ok=True)
-        if self.config.save_steps and self.done < total_steps:
-            self.stop_signal.watch()
         dist.barrier()
         if self.manifest:
-            self._restore(self.folder / f"checkpoint-{self.done}")
+            self._restore(path)
 
     def _restore(self, path):
         rank = dist.get_rank()
@@ -311,11 +468,14 @@ class Checkpoints:
 
         # 2. The trainer.
         if self.trainer:
-            self.trainer.load_state_dict(torch.load(path / "trainer.pt", weights_only=False))
+            with raise_on_all_ranks():
+                state = load_plain(path / "trainer.pt")
+            self.trainer.load_state_dict(state)
 
         # 3. The random number generators, which belong to a rank of so many.
         if world == world_before:
-            states = torch.load(path / f"random-{rank}.pt", weights_only=False)
+            with raise_on_all_ranks():
+                states = load_plain(path / f"random-{rank}.pt")
             for (_, set_state), state in zip(random_generators(), states):
                 set_state(state)
         else:
@@ -328,6 +488,10 @@ class Checkpoints:
         if rank == 0:
             shutil.copy(path / "metrics.jsonl", self.folder)
         print0(f"resumed from {path}: {self.done} of {self.total_steps} steps are done")
+        total_before = self.manifest.get("total_steps", self.total_steps)
+        if self.total_steps != total_before:
+            print0(f"{path} is of a run of {total_before} steps, now {self.total_steps}: from here "
+                   "on the learning rate follows the schedule of the new length")
 
     def _load_resharded(self, path):
         """
@@ -357,25 +521,31 @@ class Checkpoints:
 
     def step_done(self, step):
         """Called after each step. Saves if a checkpoint is due; told to stop, saves and ends."""
-        if not self.config.save_steps:
-            return
         told_to_stop = self.stop_signal.on_any_rank()
-        if step % self.config.save_steps == 0 or told_to_stop:
+        is_due = self.config.save_steps and step % self.config.save_steps == 0
+        if is_due or told_to_stop:
             self._write(step)
         if told_to_stop:
+            self.stop_signal.unwatch()
             print0(f"told to stop: {self.folder}/checkpoint-{step} is saved, --resume goes on from "
                    "it")
-            sys.exit(128 + signal.SIGTERM)
-        if step == self.total_steps:
-            self.stop_signal.unwatch()
+            sys.exit(STOPPED)
 
     def finish(self, values, model, **others):
-        """The stage is done and its model saved: marks it as finished (see write_summary)."""
+        """
+        The stage is done and its model saved: marks it as finished (see write_summary). Told to
+        stop since the last step, ends.
+        """
         if dist.get_rank() == 0:
             write_summary(self.config, self.section, values, model, **others)
             # The model is on the disk before the file by which --resume knows that it is done.
             os.sync()
             write_json(self.folder / "run_config.json", self.resolved)
+        self.stop_signal.unwatch()
+        if self.stop_signal.on_any_rank():
+            print0(f"told to stop: {self.folder} is done and its model saved, --resume leaves it "
+                   "as it is")
+            sys.exit(STOPPED)
 
     def _write(self, step):
         rank = dist.get_rank()
@@ -423,6 +593,7 @@ class Checkpoints:
             files["metrics.jsonl"] = (temporary / "metrics.jsonl").stat().st_size
             write_json(temporary / "manifest.json", {
                 "step": step,
+                "total_steps": self.total_steps,
                 "processes": dist.get_world_size(),
                 "seconds": self.seconds + time.time() - self.began,
                 "files": files,
@@ -458,6 +629,14 @@ class Checkpoints:
                 continue
             # Renamed first, because half of a checkpoint must never have its name.
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+
+
+def refuse_fewer_steps(path, done, total_steps):
+    """Raises UsageError where a run of total_steps steps would go on from more than that."""
+    if done > total_steps:
+        raise UsageError(
+            f"{path} has {done} steps behind it, and this run is to have {total_steps}: give "
+            "--max_steps a larger number, or another --output_dir.")
 
 
 # -----------------------------------------------------------------------------
@@ -523,11 +702,34 @@ def to_universal(folder, target):
                          f"({first_line(error)}); go on with as many as before.") from error
 
 
+def load_plain(path):
+    """
+    torch.load of numbers and tensors, which runs no pickled code. Raises UsageError for a file that
+    holds anything else.
+    """
+    # Older checkpoints hold numpy's random state as an array, whose parts pickle names so.
+    reconstruct = np.zeros(1).__reduce__()[0]
+    parts_of_an_array = [reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32"))]
+    try:
+        with torch.serialization.safe_globals(parts_of_an_array):
+            return torch.load(path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UsageError(
+            f"{path} holds pickled objects beside numbers and tensors, and loading them could run "
+            "any code. Go on from a checkpoint that this project wrote.") from error
+
+
+def numpy_state():
+    """numpy's random state in plain numbers, as np.random.set_state takes it."""
+    name, keys, *rest = np.random.get_state()
+    return name, keys.tolist(), *rest
+
+
 def random_generators():
     """(function that returns the state, function that sets it) of each generator of this rank."""
     accelerator = get_accelerator()
     return [(random.getstate, random.setstate),
-            (np.random.get_state, np.random.set_state),
+            (numpy_state, np.random.set_state),
             (torch.get_rng_state, torch.set_rng_state),
             (accelerator.get_rng_state, accelerator.set_rng_state)]
 

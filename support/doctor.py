@@ -2,9 +2,11 @@
 The run doctor: what a PPO run's metrics say about its health, in plain sentences that name what to
 change.
 
-    python support/doctor.py output/actor/metrics.jsonl
+    python support/doctor.py output                         # a run's folder, or
+    python support/doctor.py output/actor/metrics.jsonl     # the file itself
 
-step3_ppo.py asks it after every step, and prints what it says.
+step3_ppo.py asks it after every step, and prints what it says. As a command it ends with exit code
+1 if it found something, 0 if it did not, and 2 where there is no such run to read.
 """
 
 import argparse
@@ -68,6 +70,7 @@ def diagnose(history, clip=0.0):
         found.update(critic_and_gradients(history, clip))
     if steps >= 20:
         found.update(reward_hacking(history))
+        found.update(never_right(history))
     return found
 
 
@@ -224,24 +227,58 @@ def reward_hacking(history):
         "model. Raise --kl_coef, stop earlier, or train the reward model on such answers.")}
 
 
+def never_right(history):
+    """The learned score rises while gold, the exact mark, has never left zero."""
+    gold = column(history, "objective/gold")
+    scores = column(history, "objective/scores")
+    if len(gold) < len(history):
+        return {}  # the task has no exact marks
+    score_then = scores[:10].mean()
+    score_now = scores[-10:].mean()
+    spread = max(scores[:10].std(ddof=1), scores[-10:].std(ddof=1))
+    score_rose = score_now - score_then > max(0.1, 2 * spread)
+    some_were_right = gold.max() > 0.01
+    if some_were_right or not score_rose:
+        return {}
+    return {"never right": (
+        f"the score rose from {score_then:.2f} to {score_now:.2f} while gold stayed at "
+        f"{gold[-10:].mean():.2f}: no answer is right, so the score is paid for something else. "
+        "PPO makes right answers likelier only where the SFT model gives some; read what it says, "
+        "and train step 1 longer or with a higher --learning_rate.")}
+
+
 # -----------------------------------------------------------------------------
 # the command
+
+def fail(sentence):
+    print(f"doctor.py: error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", help="metrics.jsonl of a PPO run")
+    parser.add_argument("metrics", help="metrics.jsonl of a PPO run, or the run's --output_dir")
     parser.add_argument("--gradient_clipping", type=float, default=1.0,
                         help="of the run's DeepSpeed JSON; 0: none")
     args = parser.parse_args()
-    path = args.metrics
+    path = Path(args.metrics)
+    if path.is_dir():
+        # The folder of a run, or that of its actor.
+        run = path
+        path = run / "actor" / "metrics.jsonl"
+        if not path.exists():
+            path = run / "metrics.jsonl"
+        if not path.exists():
+            fail(f"{run} holds no actor/metrics.jsonl, which step3_ppo.py writes; name the "
+                 "--output_dir of a run, or the file.")
     try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        sys.exit(f"doctor.py: error: {path} cannot be read as metrics.jsonl ({error}).")
+        fail(f"{path} cannot be read as metrics.jsonl ({error}).")
     if not all("objective/kl" in line for line in lines):
-        sys.exit(f"doctor.py: error: {path} is not of a PPO run (objective/kl is missing); "
-                 "step3_ppo.py writes such a file beside the actor.")
+        fail(f"{path} is not of a PPO run (objective/kl is missing); step3_ppo.py writes such a "
+             "file beside the actor.")
 
     # The doctor reads the run step by step, as it would have while the run went on.
     doctor = RunDoctor(args.gradient_clipping)
@@ -252,6 +289,7 @@ def main():
     if doctor.sentences:
         said = f"{len(doctor.sentences)} sentence(s)"
     print(f"{len(doctor.history)} steps, {said}")
+    sys.exit(1 if doctor.sentences else 0)
 
 
 if __name__ == "__main__":

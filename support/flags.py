@@ -117,6 +117,7 @@ def check_range(one_field, value):
 class DataConfig(CheckedConfig):
     """Flags about data, for the stages and for `python data.py`."""
     data_path: list[str] = flag(["toy"], "sources: toy, files, folders, hub names")
+    sft_data_path: list[str] = flag([], "demonstrations for step 1 alone, beside --data_path")
     data_split: str = flag("2,4,4", "shares of the rows for SFT, reward model and PPO")
     data_weights: list[float] = flag([], "copies of each source; 0.5: every other row; default 1")
     max_eval_samples: int = flag(512, "held-out rows used for evaluation, at most", at_least=1)
@@ -146,6 +147,7 @@ class RunConfig(DataConfig):
     save_steps: int = flag(0, "steps between checkpoints, for --resume; 0: none", at_least=0)
     save_total_limit: int = flag(2, "checkpoints kept, the newest", at_least=1)
     resume: bool = flag(False, "go on from the newest complete checkpoint, if not finished")
+    overwrite_output_dir: bool = flag(False, "replace an earlier run's finished models")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     lora_dim: int = flag(0, "rank of LoRA adapters; 0: train the weights", at_least=0)
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / dim; 0: alpha = 2 dim")

@@ -107,7 +107,7 @@ def distance(a, b, mask):
 
 
 def own_batches(items, args):
-    """This rank's share of the items, as many at a time as a rollout has prompts."""
+    """This rank's rank_share of the items, as many at a time as a rollout has prompts."""
     own = rank_share(items, dist.get_rank(), dist.get_world_size())
     size = args.per_device_generation_batch_size
     for start in range(0, len(own), size):
@@ -343,20 +343,24 @@ def read_answers(models, records, args):
             halves.append([*ids[:middle], eos])
             counts.append(len(ids) - item["prompt_len"])
         counts = torch.tensor(counts)
+        weight = torch.tensor([item["weight"] for item in batch])  # 0 for a repeated row
 
         # Whole answers; the mask is 1 on the answer, which stands at the end of its row.
         ids, attention_mask = pad(whole, eos, "left")
         from_end = torch.arange(int(counts.max())).flip(0)
         mask = (from_end < counts[:, None]).float()
         logprobs, _ = models.actor(ids.to(device()), attention_mask.to(device()), mask.to(device()))
-        sums.add(eos_after=logprobs[:, -1].exp().sum(), nats=-logprobs.sum(), tokens=counts.sum())
+        on_device = weight.to(device())
+        sums.add(eos_after=(logprobs[:, -1].exp() * on_device).sum(),
+                 nats=-(logprobs.sum(1) * on_device).sum(), tokens=(counts * weight).sum())
 
         # Halves; only the EOS that was put at their end is scored.
         ids, attention_mask = pad(halves, eos, "left")
         mask = torch.ones(len(batch), 1)
         logprobs, _ = models.actor(ids.to(device()), attention_mask.to(device()), mask.to(device()))
-        fits = (counts <= args.max_answer_seq_len).sum()
-        sums.add(eos_inside=logprobs.exp().sum(), fits=fits, answers=len(batch))
+        fits = counts <= args.max_answer_seq_len
+        sums.add(eos_inside=(logprobs[:, -1].exp() * on_device).sum(), fits=(fits * weight).sum(),
+                 answers=weight.sum())
 
     total = sums.over_ranks()
     answers = total["answers"]
@@ -389,7 +393,7 @@ def check_preference(models, records, args):
         values = reward_model(batch["input_ids"], batch["attention_mask"])
         chosen, rejected = last_token(values, batch["attention_mask"]).chunk(2)
         wins = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
-        sums.add(wins=wins.sum(), pairs=len(part))
+        sums.add(wins=(wins * batch["weight"]).sum(), pairs=batch["weight"].sum())
     total = sums.over_ranks()
     count = total["pairs"]
     accuracy = total["wins"] / count

@@ -7,6 +7,7 @@ What run_all.sh needs Python for:
 
 import importlib
 import json
+import os
 import sys
 
 from support.flags import exit_on_usage_error, parse_config
@@ -14,10 +15,10 @@ from support.flags import exit_on_usage_error, parse_config
 
 def check(words):
     """
-    Every stage's flags, and whether it can use the data, so that a wrong word of the last stage
-    does not show after the hours of the first.
+    Every stage's flags, and whether the data are enough for one of its steps, so that a wrong word
+    or too few rows for the last stage do not show after the hours of the first.
     """
-    from data import load_records
+    from data import load_records, rows_of_step
 
     stages = [[]]
     for word in words:
@@ -25,12 +26,14 @@ def check(words):
             stages.append([])
         else:
             stages[-1].append(word)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
     for number, (name, *flags) in enumerate(stages, 1):
         sys.argv[0] = f"{name}.py"  # the errors speak of that script
         stage = importlib.import_module(name)
         with exit_on_usage_error():
             config = parse_config(stage.Config, "", flags)
-            load_records(config, number, log=lambda sentence: None)
+            train, _ = load_records(config, number, log=lambda sentence: None)
+            rows_of_step(len(train), config, number, processes)
 
 
 def table(path):

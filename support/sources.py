@@ -20,7 +20,11 @@ def read_text(path):
         # -sig, because Windows writes a mark in front
         with opener(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UsageError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as "
+                         "UTF-8.") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
 
@@ -28,7 +32,7 @@ def read_parquet(path):
     import pyarrow.parquet
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
 
 
@@ -36,7 +40,11 @@ def read_csv(path):
     text = read_text(path)
     # The default limit of a field, 131,072 characters, is less than a long dialogue.
     csv.field_size_limit(2**31 - 1)
-    rows = list(csv.DictReader(io.StringIO(text)))
+    reader = csv.DictReader(io.StringIO(text))
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {reader.line_num}: not CSV ({error}).") from error
     for number, row in enumerate(rows, 1):
         if None in row:  # DictReader's key of fields beyond the header's
             raise UsageError(f"{path}, row {number} has more fields than the header; text that "
@@ -60,9 +68,14 @@ def read_json(path):
             line = lines_before + error.lineno
             raise UsageError(f"{path}, line {line}: not JSON ({error.msg}). A .json or .jsonl file "
                              "holds one object a line, or one list of objects.") from error
+        except (RecursionError, ValueError) as error:  # too deep, a number of thousands of digits
+            where = path if is_list else f"{path}, line {lines_before + 1}"
+            raise UsageError(f"{where}: JSON that cannot be read ({first_line(error)}).") from error
         rows += value if is_list else [value]
-    if not all(isinstance(row, dict) for row in rows):
-        raise UsageError(f"{path}: every row must be a JSON object, {type(rows[0]).__name__} came.")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}, row {number}: every row must be a JSON object; "
+                             f"{str(row)[:100]} came.")
     return rows
 
 

@@ -155,7 +155,7 @@ def toy_gold(question, answer):
 
 def gold_scorer(config):
     """f(record, answer) -> toy_gold in [0, 1] where all data is the toy task's, else None."""
-    if config.data_path != ["toy"]:
+    if config.data_path != ["toy"] or config.sft_data_path:
         return None
 
     def scorer(record, answer):
@@ -184,8 +184,9 @@ TOY_PAIRS_PER_QUESTION = 40
 def toy_rows():
     """
     Rows with the columns prompt (messages), chosen, rejected and hold_out_as: the questions in the
-    prompt without their openers, because the same question is held out with all openers. chosen is
-    the answer that `toy_gold` marks higher, but for label noise. Always the same rows.
+    prompt without their openers, because the same question is held out with all openers, and out of
+    earlier turns too. chosen is the answer that `toy_gold` marks higher, but for label noise.
+    Always the same rows.
     """
     rng = random.Random(0)
     questions = toy_questions()

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 import data
-from support import toy
+import step1_sft
+import step3_ppo
+from support import run_all, toy
 from data import (Collator, FORMS, MicroBatches, Preference, as_messages, count_steps,
                   encode_answers, encode_prompts, encode_records, encode_text, hold_out,
-                  load_records, load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share,
+                  load_records, load_stage_data, load_text_batches, load_tokenizer, make_dataloader, pad, parse_dialogue, rank_share,
                   read_source, split_indices, to_records, training_steps)
 from support.flags import DataConfig, UsageError
 from support.toy import toy_gold, toy_questions, toy_rows
@@ -91,25 +93,67 @@ def test_whole_prompts_are_held_out():
     assert prompts(hold_out(records, seed=1)[1]) != prompts(held)
 
 
-def test_a_question_is_held_out_of_earlier_turns_too():
-    """
-    Half of the dialogues asked another question before: none of those that are trained on may have asked a held-out
-    one.
-    """
-    records = [Preference((user(f"q{i * 7 % 50}") + assistant("x") if i % 2 else []) + user(f"q{i % 50}"), "x", None)
-               for i in range(200)]
+def test_a_common_last_turn_holds_out_no_more_than_a_tenth():
+    """Whole prompts are held out: 300 of these 1,000 dialogues end with "continue", 200 more have it earlier."""
+    records = []
+    for i in range(1000):
+        turns = user(f"Tell me of {i}.") + assistant("So.")
+        if i % 10 in (0, 1):
+            turns += user("continue") + assistant("And so.")
+        turns += user("continue") if i % 10 in (2, 3, 4) else user("What else?")
+        records.append(Preference(turns, "x", None))
+    for seed in range(3):
+        train, held = hold_out(records, seed)
+        assert len(held) == 100 and len(train) == 900
+
+
+def test_one_question_about_many_texts_is_many_prompts(tmp_path):
+    rows = [{"messages": [{"role": "system", "content": f"Review {i}."}, *user("Is it good?"), *assistant("Yes.")]}
+            for i in range(40)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    train, held = load_records(DataConfig(data_path=[path], data_split="1,0,0"), 1, log=quiet)
+    assert len(train) == 36 and len(held) == 4
+
+
+def test_prompts_that_differ_by_case_width_or_spaces_are_held_out_together():
+    spellings = ["what is {}?", "What is {}?", " What  is\u00a0{}?\n", "WHAT IS {}?", "\uff37hat is {}?"]
+    records = [Preference(user(spelling.format(i)), "x", None) for i in range(50) for spelling in spellings]
     train, held = hold_out(records, seed=0)
+    number = lambda record: int("".join(filter(str.isdigit, record.prompt[0]["content"])))
+    assert len(held) == 25 and len(train) == 225
+    assert not set(map(number, held)) & set(map(number, train))
+
+
+def test_seeds_hold_out_different_prompts():
+    """
+    With unrelated choices of a tenth, two seeds share a tenth of their prompts: 20 of 200, standard deviation 4.0.
+    Of 45 pairs of seeds none should be 5 deviations away.
+    """
+    records = [Preference(user(f"What is {i}?"), "x", None) for i in range(2000)]
+    held = [{record.keys[0] for record in hold_out(records, seed)[1]} for seed in range(10)]
+    shared = [len(a & b) for a, b in itertools.combinations(held, 2)]
+    assert all(0 < count < 40 for count in shared) and abs(sum(shared) / 45 - 20) < 3
+
+
+def test_a_row_may_name_several_keys():
+    """As the toy's rows do: held out by the last, and not trained on if any is held out."""
+    rows = []
+    for i in range(200):
+        earlier = [f"q{i * 7 % 50}"] if i % 2 else []
+        prompt = [message for question in earlier for message in user(question) + assistant("x")]
+        rows.append({"prompt": prompt + user(f"q{i % 50}"), "response": "x", "hold_out_as": [*earlier, f"q{i % 50}"]})
+    train, held = hold_out(records_of(rows), seed=0)
     asked = {record.prompt[-1]["content"] for record in held}
     assert (len(asked) == 5 and asked.isdisjoint(message["content"] for record in train for message in record.prompt)
             and len(train) > 150)
 
 
 def test_rows_may_say_what_they_are_held_out_as():
-    """Other words for the same question share its `hold_out_as`; null is the question itself."""
+    """Other words for the same prompt share its key, in a list or by itself; null is the whole prompt."""
     rows = []
     for i in range(40):
         rows.append({"prompt": f"q{i}", "response": "x", "hold_out_as": None})
-        rows.append({"prompt": f"Please: q{i}", "response": "x", "hold_out_as": [f"q{i}"]})
+        rows.append({"prompt": f"Please: q{i}", "response": "x", "hold_out_as": [f"User:  q{i}"] if i % 2 else f"user: q{i}"})
     train, held = hold_out(records_of(rows), seed=0)
     asked = [{record.prompt[0]["content"].removeprefix("Please: ") for record in part}
              for part in (train, held)]
@@ -160,9 +204,8 @@ def test_a_prompt_held_out_of_one_source_is_trained_on_in_none(tmp_path):
 def test_every_stage_evaluates_on_the_same_held_out_rows(tmp_path):
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"}
                                                   for i in range(300)])
-    one, two, three = ([record.chosen for record in held]
-                       for _, held in all_stages(data_path=[path], max_eval_samples=5))
-    assert len(one) == 5 and one == two == three
+    one, two, three = ([record.chosen for record in held] for _, held in all_stages(data_path=[path]))
+    assert len(one) == 30 and one == two == three
 
 
 def test_blending_and_data_weights(tmp_path):
@@ -212,6 +255,25 @@ def test_data_weights_must_fit_the_sources(tmp_path, weights):
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"q{i}", "response": "x"} for i in range(10)])
     with pytest.raises(UsageError, match="--data_weights"):
         load_records(DataConfig(data_path=[path, path], data_weights=weights), 1, log=quiet)
+
+
+def test_demonstrations_beside_pairs_are_for_step_1_alone(tmp_path):
+    """All that is not held out of them, whatever --data_split says; what --data_path holds out is not among them."""
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": f"q{i}", "chosen": f"good {i}", "rejected": f"bad {i}"}
+                                                   for i in range(100)])
+    shown = write_jsonl(tmp_path / "shown.jsonl", [{"prompt": f"Q{i}", "response": "shown"} for i in range(50, 250)])
+    flags = dict(data_path=[pairs], data_weights=[2])
+    alone = all_stages(**flags)
+    beside = all_stages(sft_data_path=[shown], **flags)
+    assert beside[1:] == alone[1:]
+    train, held = beside[0]
+    keys = [{record.keys[0] for record in part} for part in (train, held)]
+    demonstrations = [record for record in train if record.chosen == "shown"]
+    assert not keys[0] & keys[1] and keys[1] >= {record.keys[0] for record in alone[0][1]}
+    assert sum(record.chosen == "shown" for record in held) == 20 and 170 <= len(demonstrations) <= 180
+    assert len(train) - len(demonstrations) >= 2 * 15
+    with pytest.raises(UsageError, match="0 of 200 rows.*--sft_data_path"):
+        load_records(DataConfig(data_path=[shown]), 2, log=quiet)
 
 
 # -----------------------------------------------------------------------------
@@ -320,11 +382,36 @@ def test_rows_that_teach_nothing_are_counted(row):
     {"prompt": None, "response": "x"}, {"prompt": "q", "response": 3}, {"prompt": ["text"], "response": "x"},
     {"messages": ["text", {"role": "assistant", "content": "x"}]},
     {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x"}]},
-    {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]}])
+    {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]},
+    {"prompt": 3, "response": "x"}, {"prompt": "q", "response": "x", "hold_out_as": 3},
+    {"prompt": "half of a pair: \ud83d", "response": "x"}, {"prompt": "q", "response": "\udc00"}])
 def test_rows_that_do_not_hold_text_are_named(row):
     good = {"prompt": "q", "response": "x"} if "prompt" in row else {"messages": user("q") + assistant("x")}
     with pytest.raises(UsageError, match="rows.jsonl, row 2"):
         to_records([good, row], "rows.jsonl")
+
+
+def test_rows_that_hold_no_number_are_named():
+    good = {"history": "Why?", "human_ref_A": "A", "human_ref_B": "B", "labels": 0}
+    with pytest.raises(UsageError, match="rows.jsonl, row 2"):
+        to_records([good, {**good, "labels": math.inf}], "rows.jsonl")
+
+
+@pytest.mark.parametrize("name, content, named", [
+    ("rows.jsonl", b'{"prompt": "a"}\n\n[1]\n', "rows.jsonl, row 2: every row must be a JSON object"),
+    ("rows.json", b'[{"prompt": "a"}, {"prompt": "b"}, 7]', "rows.json, row 3: every row must be a JSON object; 7 came"),
+    ("rows.jsonl", b'{"prompt": "a"}\n{"prompt": "caf\xe9"}\n', "rows.jsonl, line 2: not UTF-8"),
+    ("rows.csv", b"prompt,response\na,b\ncaf\xe9,b\n", "rows.csv, line 3: not UTF-8"),
+    ("rows.jsonl.gz", gzip.compress(b'{"prompt": "caf\xe9"}\n'), "rows.jsonl.gz, line 1: not UTF-8"),
+    ("rows.jsonl", b'{"prompt": "a"}\n{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "rows.jsonl, line 2: JSON"),
+    ("rows.json", b"[" * 100_000 + b"]" * 100_000, "rows.json: JSON that cannot be read"),
+    ("rows.jsonl", b'{"prompt": ' + b"9" * 5000 + b"}", "rows.jsonl, line 1: JSON that cannot be read"),
+    ("rows.csv", b'prompt,response\na,b\n"a' + b"\x00" + b'\n', "rows.csv")],
+    ids=["list", "number", "latin-1", "latin-1 csv", "latin-1 gz", "deep", "deep list", "digits", "NUL"])
+def test_files_that_cannot_be_read_are_named_with_their_row(tmp_path, name, content, named):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=named):
+        to_records(read_source(str(tmp_path / name))[0], str(tmp_path / name))
 
 
 def test_dialogues():
@@ -335,6 +422,16 @@ def test_dialogues():
     assert parse_dialogue("Human: hi") == user("hi"), "as it stands where line ends were stripped"
     assert (as_messages([{"role": "system", "content": "Be kind."}] + user("Hi"))
             == [{"role": "system", "content": "Be kind."}] + user("Hi"))
+
+
+def test_dialogues_with_windows_line_ends():
+    text = "\n\nHuman: Hi\n\nAssistant: Hello!\nHow are you?\n\nHuman: Fine.\n\nAssistant: Good."
+    windows = text.replace("\n", "\r\n")
+    assert parse_dialogue(windows) == parse_dialogue(text)
+    worse = windows.replace("Good", "Go")
+    record, = records_of([{"chosen": windows, "rejected": worse}])
+    assert (record.prompt, record.chosen, record.rejected) == (parse_dialogue(text)[:-1], "Good.", "Go.")
+    assert parse_dialogue("one\r\ntwo") == user("one\r\ntwo"), "text that is no dialogue stays as it is"
 
 
 def test_text_before_a_dialogue_is_not_lost():
@@ -468,6 +565,93 @@ def test_eos_is_what_ends_an_answer_in_the_template(tokenizer, tmp_path):
     assert load_tokenizer("tiny").eos_token == tokenizer.eos_token
 
 
+PHI = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+       "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}")
+
+
+def test_an_answer_ends_at_the_first_of_two_end_tokens(tmp_path):
+    """As in Phi-3, whose template ends a turn with <|end|> and a finished dialogue with EOS besides."""
+    other = load_tokenizer("tiny")
+    other.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    other.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), PHI)
+    assert loaded.eos_token == "<|end|>"
+    prompt, answer = encode_answer(loaded, user("Hi"), "Hello!")
+    assert loaded.decode(prompt) == "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    assert loaded.decode(answer) == "Hello!<|end|>"
+    # in step 2 too, whose scores are read at the last token
+    item, = encode_records([Preference(user("Hi"), "Hello!", "Go.")], loaded, 2, 100, log=quiet)
+    assert item["chosen"][-1] == item["rejected"][-1] == loaded.eos_token_id
+    assert [list(ids).count(loaded.eos_token_id) for ids in (item["chosen"], item["rejected"])] == [2, 2]
+    # saved and loaded again
+    loaded.save_pretrained(tmp_path / "again")
+    assert encode_answer(load_tokenizer(str(tmp_path / "again")), user("Hi"), "Hello!") == (prompt, answer)
+
+
+def test_a_row_that_the_template_refuses_is_named(tokenizer):
+    """Whatever a template raises, in every stage, behind the first thousand rows too."""
+    records = records_of([{"prompt": f"q{i}", "chosen": "x", "rejected": "y"} for i in range(1500)], "rows.jsonl")
+    records[1210].prompt = [{"role": "user", "content": "bad", "arguments": "text"}]
+    for refusal, said in (("{{ raise_exception('no, thanks') }}", "no, thanks"),
+                          ("{% for k, v in m.arguments | items %}{% endfor %}", "TypeError"), ("{{ 1 / 0 }}", "Zero")):
+        template = "{% for m in messages %}{% if m.content == 'bad' %}" + refusal + "{% endif %}{{ m.content }}{% endfor %}"
+        strict = load_tokenizer("tiny", template)
+        for stage in (1, 2, 3):
+            with pytest.raises(UsageError, match=f"^rows.jsonl, row 1211: the chat template.*{said}.*--chat_template"):
+                encode_records(records, strict, stage, 100, log=quiet)
+
+
+def test_a_row_that_goes_on_otherwise_than_its_prompt_is_named():
+    template = ("{% for m in messages %}{% if not (loop.last and m.role == 'assistant' and m.content == 'bad') %}"
+                "[{{ m.role }}] {{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}")
+    records = records_of([{"prompt": "q", "response": answer} for answer in ("good", "bad")], "rows.jsonl")
+    with pytest.raises(UsageError, match="^rows.jsonl, row 2: .*generation prompt"):
+        encode_records(records, load_tokenizer("tiny", template), 1, 100, log=quiet)
+
+
+@pytest.fixture
+def digits(tmp_path):
+    """A tokenizer that knows ten words, the digits, and raises at any other."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(10)} | {"<eos>": 10}, unk_token="<none>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(tmp_path / "digits")
+    return str(tmp_path / "digits")
+
+
+DIGITS = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+
+
+def test_a_tokenizer_without_letters(digits):
+    own = load_tokenizer(digits)
+    assert "Human:" in own.chat_template and not own.chat_template.startswith("{{ bos_token }}")
+    tokenizer = load_tokenizer(digits, DIGITS)
+    eos = tokenizer.eos_token_id
+    assert encode_answer(tokenizer, user("1 2"), "3") == ([1, 2], [3, eos])
+    records = records_of([{"prompt": text, "response": "5"} for text in ("1", "2", "three")], "rows.jsonl")
+    with pytest.raises(UsageError, match="^rows.jsonl, row 3: "):
+        encode_records(records, tokenizer, 1, 100, log=quiet)
+    # as in PPO's mixture
+    path = write_jsonl(Path(digits).parent / "text.jsonl", [{"text": "1 2 3 4"}, {"text": 7}])
+    with pytest.raises(UsageError, match="text.jsonl, row 2: "):
+        encode_text([path], tokenizer, 2, log=quiet)
+
+
+def test_several_chat_templates(tmp_path):
+    """The one named default, or an error that says what to do."""
+    several = load_tokenizer("tiny")
+    several.chat_template = {"default": several.chat_template, "rag": "{{ documents }}"}
+    several.save_pretrained(tmp_path / "default")
+    assert (encode_answer(load_tokenizer(str(tmp_path / "default")), user("Hi"), "Hello!")
+            == encode_answer(load_tokenizer("tiny"), user("Hi"), "Hello!"))
+    several.chat_template = {"tool": several.chat_template["default"], "rag": "{{ documents }}"}
+    several.save_pretrained(tmp_path / "none")
+    with pytest.raises(UsageError, match="chat template.*rag.*--chat_template"):
+        load_tokenizer(str(tmp_path / "none"))
+    assert load_tokenizer(str(tmp_path / "none"), DIGITS).chat_template == DIGITS
+
+
 def test_a_blank_answer_under_a_template_that_closes_nothing():
     """The line's end that opens the answer is the prompt's, also where nothing follows it."""
     alpaca = load_tokenizer("tiny", "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n"
@@ -553,13 +737,6 @@ def test_a_step_has_the_same_rows_for_any_number_of_ranks(rows):
     assert len(set(sum(steps(4), []))) == 64, "no row twice in an epoch"
 
 
-def test_evaluation_reads_every_row():
-    loaders = [make_dataloader(list(range(21)), list, 4, seed=1, rank=rank, world_size=2, shuffle=False)
-               for rank in range(2)]
-    assert (len(loaders[0]) == len(loaders[1])
-            and set(sum((row for loader in loaders for row in loader), [])) == set(range(21)))
-
-
 def test_epochs_have_orders_of_their_own():
     loader = make_dataloader(list(range(10)), list, 5, seed=1)
     steps = list(training_steps(loader, count_steps(loader, epochs=2)))
@@ -571,8 +748,12 @@ def test_epochs_have_orders_of_their_own():
 
 
 def test_rank_share():
-    assert ([rank_share("abcde", rank, 2) for rank in (0, 1)] == [["a", "c", "e"], ["b", "d", "a"]]
-            and rank_share([], 0, 2) == [])
+    """Equally many rows a rank, every row counted once."""
+    rows = [{"row": letter} for letter in "abcde"]
+    shares = [[(item["row"], item["weight"]) for item in rank_share(rows, rank, 2)] for rank in (0, 1)]
+    assert shares == [[("a", 1.0), ("c", 1.0), ("e", 1.0)], [("b", 1.0), ("d", 1.0), ("a", 0.0)]]
+    assert [len(rank_share(rows[:1], rank, 3)) for rank in range(3)] == [1, 1, 1]
+    assert rank_share([], 0, 2) == [] and "weight" not in rows[0]
 
 
 # -----------------------------------------------------------------------------
@@ -622,7 +803,7 @@ def test_chosen_is_really_better_but_for_the_label_noise():
 
 def test_toy_questions_are_held_out_of_all_stages():
     """What a held-out record asks stands in no trained record, be it as an earlier turn; rows where it does are few."""
-    stages = all_stages(max_eval_samples=10**9)
+    stages = all_stages()
     def without_opener(text):
         return next((text[len(opener):] for opener in toy.TOY_OPENERS if opener and text.startswith(opener)), text)
 
@@ -686,3 +867,71 @@ def test_text_to_mix_in(tokenizer, tmp_path):
     assert batch["loss_mask"].all() and batch["attention_mask"].all()
     with pytest.raises(UsageError, match="do not fill one chunk"):
         encode_text([str(tmp_path / "c.jsonl")], tokenizer, 100, log=quiet)
+
+
+def test_text_to_mix_in_holds_nothing_that_is_held_out(tokenizer, tmp_path):
+    """Rows whose prompts --data_path holds out, in another spelling too; plain text stays as it is."""
+    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(40)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": f"what is  {i}?", "response": f"Well, {i}."} for i in range(50)])
+    _, held = load_records(DataConfig(data_path=[path]), 3, log=quiet)
+    held_keys = {record.keys[-1] for record in held}
+    asked = {record.prompt[0]["content"] for record in held}
+    lines = []
+    text = lambda source: "".join(tokenizer.decode(item["input_ids"]) for item in
+                                  encode_text([source], tokenizer, 4, held_keys, log=lines.append))
+    for source, count in ((path, 36), (other, 46)):
+        mixed = text(source).lower()
+        assert mixed.count("what is") == count and len(asked) == 4
+        assert not any(" ".join(question.lower().split()) in " ".join(mixed.split()) for question in asked)
+        assert "4 rows left out of the text" in lines[-2]
+    (tmp_path / "plain.txt").write_text("\n".join(asked))
+    assert text(str(tmp_path / "plain.txt")).count("What is") == 4 and "left out" not in lines[-2]
+
+
+def test_the_toy_as_text_to_mix_in_holds_nothing_that_is_held_out(tokenizer):
+    config = step3_ppo.Config(unsupervised_data_path=["toy"], max_prompt_seq_len=64, max_seq_len=64, max_steps=4,
+                              actor_model_name_or_path="tiny", critic_model_name_or_path="tiny")
+    stage = load_stage_data(config, 3, tokenizer, 0, 1, log=quiet)
+    asked = {record.prompt[-1]["content"] for record in stage.held_records}
+    assert len(asked) >= 40
+    loader = load_text_batches(config, tokenizer, 1, 0, 0, 1, {r.keys[-1] for r in load_records(config, 3, log=quiet)[1]},
+                               log=quiet)
+    chunks = loader.gi_frame.f_locals[".0"].gi_frame.f_locals["dataloader"].dataset
+    text = tokenizer.decode([token for chunk in chunks for token in chunk["input_ids"].tolist()])
+    assert text.count("Human:") > 10_000
+    assert not any(f"Human: {question}" in text for question in asked)
+
+
+# -----------------------------------------------------------------------------
+# how many steps the rows give
+
+def test_few_steps_are_said_and_warned_of(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(100)])
+    for epochs, steps in ((1, 5), (2, 10)):
+        lines = []
+        config = step1_sft.Config(data_path=[path], data_split="1,0,0", per_device_train_batch_size=8,
+                                  gradient_accumulation_steps=2, num_train_epochs=epochs)
+        assert load_stage_data(config, 1, tokenizer, 0, 1, log=lines.append).total_steps == steps  # of 16, out of 90 rows
+        said = [line for line in lines if f"data: {steps} optimizer steps" in line]
+        assert len(said) == 1 and "--num_train_epochs or --max_steps" in said[0]
+        assert any("warning" in line for line in lines) == (steps < 10)
+
+
+def test_run_all_finds_too_few_rows_for_the_last_stage(tmp_path, monkeypatch, capsys):
+    """Before the first stage is trained, by rows alone."""
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."}
+                                                 for i in range(40)])
+    common = f"--data_path {path} --per_device_train_batch_size 2"
+    command = (f"step1_sft {common} -- step2_reward --model_name_or_path tiny {common} -- step3_ppo "
+               f"--actor_model_name_or_path tiny --critic_model_name_or_path tiny {common} "
+               "--per_device_generation_batch_size ").split(" ")[:-1]
+    monkeypatch.setattr("sys.argv", ["run_all"])
+    run_all.check(command + ["14"])  # 40 rows, 4 held out, 7, 14 and 15 or so for the stages
+    with pytest.raises(SystemExit):
+        run_all.check(command + ["16"])
+    assert "step3_ppo.py: error: 14 examples do not fill one step of 16 rows" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        run_all.check(command + ["8"])
+    assert "on 2 process(es)" in capsys.readouterr().err

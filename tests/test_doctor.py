@@ -80,6 +80,16 @@ CASES = [  # kind, what the sentence names, metrics of the anomaly, of a lesser 
           objective__gold=lambda t, noise: 0.9 - 0.5 * t + 0.03 * noise),
      dict(objective__scores=lambda t, noise: 1 + t,
           objective__gold=lambda t, noise: 0.9 - 0.03 * t + 0.03 * noise)),
+    ("never right", "train step 1 longer",
+     dict(objective__scores=lambda t, noise: 0.2 + 1.5 * t + 0.1 * noise,
+          objective__gold=lambda t, noise: 0.0),
+     dict(objective__scores=lambda t, noise: 0.2 + 1.5 * t + 0.1 * noise,
+          objective__gold=lambda t, noise: 0.03 * (noise > 0))),
+    ("never right", "no answer is right",
+     dict(objective__scores=lambda t, noise: 0.2 + 0.5 * t + 0.1 * noise,
+          objective__gold=lambda t, noise: 0.004 * (noise > 1)),
+     dict(objective__scores=lambda t, noise: 0.2 + 0.1 * noise,
+          objective__gold=lambda t, noise: 0.0)),
     ("score", "fell from", dict(objective__scores=lambda t, noise: 1 - 2 * t + 0.06 * noise),
      dict(objective__scores=lambda t, noise: 1 - 0.2 * t + 0.06 * noise)),
 ]
@@ -146,11 +156,32 @@ def test_the_command(elsewhere, tmp_path):
     said = []
     for flags in ([], ["--gradient_clipping", "0"]):
         done = subprocess.run([sys.executable, script, file, *flags], capture_output=True,
-                              text=True, check=True, cwd=tmp_path if elsewhere else root)
+                              text=True, cwd=tmp_path if elsewhere else root)
+        assert done.returncode == (0 if flags else 1), done.stderr
         said.append(done.stdout)
     assert "the actor's gradient has been clipped" in said[0]
     assert "120 steps, 1 sentence(s)" in said[0]
     assert said[1] == "120 steps, nothing to report\n"
+
+
+def test_the_command_reads_a_run_by_its_folder(tmp_path):
+    """The --output_dir or the actor's folder; exit code 2 for anything that is no PPO run."""
+    script = Path(step3_ppo.__file__).parent / "support" / "doctor.py"
+    actor = tmp_path / "output" / "actor"
+    actor.mkdir(parents=True)
+    (tmp_path / "output" / "sft").mkdir()
+    (tmp_path / "output" / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (actor / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history()))
+    for path, code, said in (
+            ("output", 0, "120 steps, nothing to report"),
+            ("output/actor", 0, "120 steps, nothing to report"),
+            ("output/sft", 2, "output/sft/metrics.jsonl is not of a PPO run"),
+            ("nowhere", 2, "nowhere cannot be read as metrics.jsonl"),
+            (".", 2, ". holds no actor/metrics.jsonl")):
+        done = subprocess.run([sys.executable, script, path], capture_output=True, text=True,
+                              cwd=tmp_path)
+        assert done.returncode == code, path
+        assert said in done.stdout + done.stderr
 
 
 def test_constant_scores_say_nothing(recwarn):

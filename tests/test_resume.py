@@ -166,7 +166,6 @@ def test_a_cut_checkpoint_is_skipped_and_the_run_is_still_the_same(folder, proce
     for flags, named in (
             (dict(learning_rate=2e-3), "--learning_rate 0.001, and now it is 0.002"),
             (dict(seed=1), "--seed 1234, and now it is 1"),
-            (dict(max_steps=8), "--max_steps 7"),
             (dict(zero_stage=2), "--zero_stage (or the JSON's) 0"),
             (dict(per_device_train_batch_size=2),
              "gradient_accumulation_steps x processes 4, and now it is 2")):
