@@ -30,7 +30,10 @@ def evaluations(path):
 
 
 def plot(runs, file):
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("frontier.py: error: --plot needs matplotlib; pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots()

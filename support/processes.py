@@ -4,6 +4,8 @@ collectives that the stages need.
 """
 
 import atexit
+import difflib
+import importlib.util
 import itertools
 import json
 import logging
@@ -134,6 +136,7 @@ def deepspeed_settings(config):
             or not isinstance(ds_config.setdefault("zero_optimization", {}), dict)):
         raise UsageError(f"--deepspeed_config {path}: a JSON object is needed, in which "
                          "zero_optimization, if it is there, is one too.")
+    check_sections(ds_config, path)
     zero = ds_config["zero_optimization"]
     zero["stage"] = zero.get("stage", 0) if config.zero_stage == -1 else config.zero_stage
     if zero["stage"] not in (0, 1, 2, 3):
@@ -148,6 +151,34 @@ def deepspeed_settings(config):
                      gradient_accumulation_steps=config.gradient_accumulation_steps,
                      steps_per_print=sys.maxsize)
     return ds_config
+
+
+# Entries of a DeepSpeed JSON (https://www.deepspeed.ai/docs/config-json/, deepspeed 0.19).
+SECTIONS = """
+activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger
+communication_data_type compile compression_training csv_monitor curriculum_learning
+data_efficiency data_types dataloader_drop_last disable_allgather dump_state eigenvalue elasticity
+flops_profiler fp16 gradient_accumulation_steps gradient_clipping gradient_predivide_factor
+hybrid_engine load_universal_checkpoint memory_breakdown optimizer pipeline prescale_gradients
+progressive_layer_drop scheduler sparse_attention sparse_gradients steps_per_print tensorboard
+torch_autocast train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+""".split()
+MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
+
+
+def check_sections(ds_config, path):
+    """Raises UsageError for a misspelt entry, which DeepSpeed ignores, or a package not there."""
+    for name, section in ds_config.items():
+        near = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.8)
+        if name not in SECTIONS and near:
+            raise UsageError(f"--deepspeed_config {path}: DeepSpeed knows no entry {name!r}; did you "
+                             f"mean {near[0]!r}?")
+        package = MONITOR_PACKAGES.get(name)
+        enabled = isinstance(section, dict) and section.get("enabled")
+        if package and enabled and importlib.util.find_spec(package) is None:
+            raise UsageError(f"--deepspeed_config {path}: its section {name} needs the package "
+                             f"{package}; pip install {package}, or switch the section off.")
 
 
 def compute_dtype(ds_config):
