@@ -144,8 +144,8 @@ def deepspeed_settings(config):
     if compute_dtype(ds_config) == torch.float16 and zero["stage"] == 0:
         # engine.backward scales the loss for ZeRO's optimizers only, while the optimizer without
         # ZeRO divides the gradients by the loss scale all the same.
-        raise UsageError(f"--deepspeed_config {path}: fp16 without ZeRO would train next to nothing, "
-                         "because DeepSpeed scales the loss for ZeRO's optimizers only. Give "
+        raise UsageError(f"--deepspeed_config {path}: fp16 without ZeRO would train next to "
+                         "nothing, because DeepSpeed scales the loss for ZeRO's optimizers only. Give "
                          "--zero_stage 1, or bf16 in its place.")
     ds_config.update(train_micro_batch_size_per_gpu=config.per_device_train_batch_size,
                      gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -172,8 +172,8 @@ def check_sections(ds_config, path):
     for name, section in ds_config.items():
         near = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.8)
         if name not in SECTIONS and near:
-            raise UsageError(f"--deepspeed_config {path}: DeepSpeed knows no entry {name!r}; did you "
-                             f"mean {near[0]!r}?")
+            raise UsageError(f"--deepspeed_config {path}: DeepSpeed knows no entry {name!r}; did "
+                             f"you mean {near[0]!r}?")
         package = MONITOR_PACKAGES.get(name)
         enabled = isinstance(section, dict) and section.get("enabled")
         if package and enabled and importlib.util.find_spec(package) is None:
