@@ -480,7 +480,8 @@ def end_of_turn(tokenizer):
     """
     dialogue = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     text, = render(tokenizer, [dialogue])
-    _, _, behind_answer = text.rpartition("Hello")
+    _, *behind_hellos = text.split("Hello")
+    behind_answer = behind_hellos[-1] if behind_hellos else ""
     others = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token}
     places = []
     for token in tokenizer.added_tokens_decoder.values():
@@ -513,8 +514,9 @@ def encode_prompts(tokenizer, prompts):
 def encode_answers(tokenizer, prompts, answers):
     """
     Lists of message lists and of answer texts -> list of (prompt ids, answer ids). An answer ends
-    with its first EOS, whatever the template writes after it. A prompt is tokenised as it will be at generation, by itself: its ids are what the
-    model sees before it answers, even where prompt and answer would merge at their seam.
+    with its first EOS, whatever the template writes after it. A prompt is tokenised as it will be
+    at generation, by itself: its ids are what the model sees before it answers, even where prompt
+    and answer would merge at their seam.
     """
     dialogues = [prompt + [{"role": "assistant", "content": answer}]
                  for prompt, answer in zip(prompts, answers)]
@@ -587,7 +589,7 @@ def encode_rows(make_items, rows, names, tokenizer):
         thousand = slice(start, start + 1000)
         try:
             yield from make_items(rows[thousand], tokenizer)
-        except Exception:  # of any kind, because templates are programs and tokenizers many
+        except Exception:  # of any kind, because templates and tokenizers raise many
             for row, name in zip(rows[thousand], names[thousand]):
                 try:
                     make_items([row], tokenizer)
@@ -807,8 +809,8 @@ def rank_share(items, rank, world_size):
     share = []
     for first in range(0, len(items), world_size):
         place = first + rank
-        is_repeated = place >= len(items)
-        share.append({**items[place % len(items)], "weight": 0.0 if is_repeated else 1.0})
+        weight = 1.0 if place < len(items) else 0.0
+        share.append({**items[place % len(items)], "weight": weight})
     return share
 
 

@@ -176,7 +176,7 @@ stage() {  # name, flags
   trap - TERM INT
   # 143: a rank was told to stop by somebody else; 2: it was told, and then could not save
   if [ $code = 143 ] || { [ "$told" ] && [ $code != 2 ]; }; then
-    echo "run_all.sh: $name.py was stopped; the same line with --resume goes on where it was" >&2
+    echo "run_all.sh: $name.py was stopped; the same line with --resume goes on from what is saved" >&2
     exit 143
   fi
   [ $code = 0 ] || stop "$name.py failed; its last lines above say why"

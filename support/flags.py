@@ -144,7 +144,7 @@ class RunConfig(DataConfig):
     num_train_epochs: int = flag(1, "passes over this stage's rows", at_least=1)
     max_steps: int = flag(-1, "steps, rows repeated as needed; -1: the epochs'", at_least=-1)
     logging_steps: int = flag(10, "steps between printed lines", at_least=1)
-    save_steps: int = flag(0, "steps between checkpoints, for --resume; 0: none", at_least=0)
+    save_steps: int = flag(0, "steps between checkpoints; 0: one when told to stop", at_least=0)
     save_total_limit: int = flag(2, "checkpoints kept, the newest", at_least=1)
     resume: bool = flag(False, "go on from the newest complete checkpoint, if not finished")
     overwrite_output_dir: bool = flag(False, "replace an earlier run's finished models")

@@ -332,7 +332,7 @@ def write_and_replace(model, tokenizer, state, folder):
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise UsageError(f"{folder}: the model could not be saved ({first_line(error)}). Make room,"
-                         " then go on from the newest checkpoint by --resume, if --save_steps made "
+                         " then go on from the newest checkpoint by --resume, if there is "
                          "one; a model that was there before is as it was.") from error
 
 

@@ -13,12 +13,16 @@ import sys
 from support.flags import exit_on_usage_error, parse_config
 
 
+SECTIONS = {"step1_sft": "sft", "step2_reward": "reward", "step3_ppo": "ppo"}
+
+
 def check(words):
     """
-    Every stage's flags, and whether the data are enough for one of its steps, so that a wrong word
-    or too few rows for the last stage do not show after the hours of the first.
+    Every stage's flags, what its folder holds, and whether the data are enough for one of its
+    steps, so that what stops the last stage does not show after the hours of the first.
     """
     from data import load_records, rows_of_step
+    from support.checkpoints import refuse_to_overwrite
 
     stages = [[]]
     for word in words:
@@ -32,6 +36,8 @@ def check(words):
         stage = importlib.import_module(name)
         with exit_on_usage_error():
             config = parse_config(stage.Config, "", flags)
+            section = "dpo" if getattr(config, "dpo", False) else SECTIONS[name]
+            refuse_to_overwrite(config, section)
             train, _ = load_records(config, number, log=lambda sentence: None)
             rows_of_step(len(train), config, number, processes)
 

@@ -40,11 +40,7 @@ def read_csv(path):
     text = read_text(path)
     # The default limit of a field, 131,072 characters, is less than a long dialogue.
     csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text))
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise UsageError(f"{path}, line {reader.line_num}: not CSV ({error}).") from error
+    rows = list(csv.DictReader(io.StringIO(text)))
     for number, row in enumerate(rows, 1):
         if None in row:  # DictReader's key of fields beyond the header's
             raise UsageError(f"{path}, row {number} has more fields than the header; text that "

@@ -143,6 +143,23 @@ def test_tied_logits_and_tiny_top_p():
     assert tokens.tolist() == [0] and logprobs.tolist() == [0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_first_of_equal_logits_is_the_likeliest(dtype):
+    """
+    At temperature 0: equals within 4,096 logits, which the kernel reads at once, across the border
+    between two such blocks, and in three of them, the last of which is short.
+    """
+    torch.manual_seed(6)
+    logits = torch.randn(5, 12295, device=DEVICE).to(dtype)
+    ties = [[7, 4103], [4095, 4096], [10, 11], [4100, 8196, 12294], [0, 8192]]
+    for row, places in enumerate(ties):
+        logits[row, places] = 9.0
+    tokens, logprobs = sample(logits, torch.rand(5, device=DEVICE), temperature=0)
+    assert tokens.tolist() == [7, 4095, 10, 4100, 0]
+    exact = logits.double().log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs.double(), exact, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("options", [dict(top_k=300), dict(top_k=500), dict(top_p=1 - 6e-8)],
                          ids=str)
 def test_options_that_keep_everything(options):
