@@ -47,6 +47,7 @@ def flags(folder, name):
         "per_device_generation_batch_size": ROWS,
         "per_device_train_batch_size": ROWS // 2,
         "max_steps": 1,
+        "overwrite_output_dir": True,
         "max_eval_samples": ROWS,
         "deepspeed_config": f"{folder}/bf16.json",
     }
