@@ -170,19 +170,19 @@ def refuse_to_overwrite(config, section):
             "--output_dir leaves it alone.")
 
 
-# {lock file: open file} of the folders that this process has locked. The system gives a lock up
-# when its process ends, however it ends.
+# {lock file: open file} of the folders that this process has locked. A lock is given up when its
+# stage is finished, and by the system when its process ends, however it ends.
 held_locks = {}
 
 
 def lock_folder(folder):
     """
-    Rank 0. Keeps other runs out of a stage's folder for as long as this process lives. The lock
+    Rank 0. Keeps other processes out of a stage's folder until the stage is finished. The lock
     file lies beside the folder, because an empty folder would look like a model to the next stage.
 
     raises  UsageError where another process has the lock
     """
-    path = folder.with_name(f".{folder.name}.lock").resolve()
+    path = lock_path(folder)
     if path in held_locks:
         return
     try:
@@ -201,6 +201,16 @@ def lock_folder(folder):
                "same folder would not be noticed")
         return
     held_locks[path] = file
+
+
+def unlock_folder(folder):
+    file = held_locks.pop(lock_path(folder), None)
+    if file is not None:
+        file.close()
+
+
+def lock_path(folder):
+    return folder.with_name(f".{folder.name}.lock").resolve()
 
 
 def what_a_model_lacks(folder):
@@ -541,6 +551,7 @@ class Checkpoints:
             # The model is on the disk before the file by which --resume knows that it is done.
             os.sync()
             write_json(self.folder / "run_config.json", self.resolved)
+            unlock_folder(self.folder)
         self.stop_signal.unwatch()
         if self.stop_signal.on_any_rank():
             print0(f"told to stop: {self.folder} is done and its model saved, --resume leaves it "

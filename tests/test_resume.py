@@ -263,11 +263,11 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group
     # the likeliest token only, and one minibatch a rollout: with sampling, and in another order,
     # rows draw other noise on other ranks
     ppo = dict(top_p=1e-6, gradient_accumulation_steps=2)
-    cases = [(1, "sft-2", dict(zero_stage=2)),
-             (1, "lora-3", dict(zero_stage=3, lora_dim=2, only_optimize_lora=True)),
-             (2, "reward-3", dict(zero_stage=3)),
-             (3, "ppo-0", dict(zero_stage=0, **ppo)),
-             (3, "ppo-3", dict(zero_stage=3, **ppo))]
+    cases = [(1, "ranks-sft-2", dict(zero_stage=2)),
+             (1, "ranks-lora-3", dict(zero_stage=3, lora_dim=2, only_optimize_lora=True)),
+             (2, "ranks-reward-3", dict(zero_stage=3)),
+             (3, "ranks-ppo-0", dict(zero_stage=0, **ppo)),
+             (3, "ranks-ppo-3", dict(zero_stage=3, **ppo))]
     run_ranks(2, two_ranks, folder, cases)
     for _, name, _ in cases:
         for ranks in (1, 4):
@@ -285,7 +285,7 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group
     named = ("per_device_train_batch_size x gradient_accumulation_steps x processes 4, "
              "and now it is 8")
     with pytest.raises(UsageError, match=named):
-        train(step1_sft, folder, "sft-2", 1, resume=True, zero_stage=2,
+        train(step1_sft, folder, "ranks-sft-2", 1, resume=True, zero_stage=2,
               per_device_train_batch_size=8)
 
 
