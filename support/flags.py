@@ -260,7 +260,7 @@ def parse_config(config_class, doc, argv=None):
 
 
 def unknown_flag(word, known):
-    """An unknown flag -> the flag and its name here: by the table of other names, then by spelling."""
+    """An unknown flag -> the flag and its name here, by the table, then by spelling."""
     flag_name = word.replace("-", "_").replace("__", "--", 1)
     if flag_name in OTHER_NAMES:
         return f"{word}; here that is {OTHER_NAMES[flag_name]}"

@@ -48,7 +48,7 @@ OTHER_NAMES = {
     "--save_path": "--output_dir",                                           # O
     "--ptx_coef": "--unsup_coef",                                            # O
     "--deepspeed": "--deepspeed_config",                                     # H, D
-    "--sft_only_data_path": "--data_path, and --data_split 1,0,0 for step 1",  # D
+    "--sft_only_data_path": "--sft_data_path",                               # D
     "--actor_lora_dim": "--lora_dim",                                        # D
     "--offload": "--deepspeed_config with offload_optimizer in its JSON",    # D
     "--bf16": "--deepspeed_config with bf16 in its JSON (configs/1gpu.json has it)",  # H

@@ -145,8 +145,8 @@ def deepspeed_settings(config):
         # engine.backward scales the loss for ZeRO's optimizers only, while the optimizer without
         # ZeRO divides the gradients by the loss scale all the same.
         raise UsageError(f"--deepspeed_config {path}: fp16 without ZeRO would train next to "
-                         "nothing, because DeepSpeed scales the loss for ZeRO's optimizers only. Give "
-                         "--zero_stage 1, or bf16 in its place.")
+                         "nothing, because DeepSpeed scales the loss for ZeRO's optimizers only. "
+                         "Give --zero_stage 1, or bf16 in its place.")
     ds_config.update(train_micro_batch_size_per_gpu=config.per_device_train_batch_size,
                      gradient_accumulation_steps=config.gradient_accumulation_steps,
                      steps_per_print=sys.maxsize)
