@@ -25,21 +25,27 @@ out from all three.
 import copy
 import hashlib
 import itertools
+import json
 import math
 import os
+import socket
 import unicodedata
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usage_error,
                            first_line, flag, parse_config)
+from support.processes import raise_on_all_ranks
 from support.sources import read_source, read_text
 from support.toy import gold_scorer, toy_tokenizer
 
@@ -61,14 +67,22 @@ class Preference:
     def keys(self):
         """
         What the record is held out as, normalised texts: the last key decides whether it is held
-        out, and a record is trained on only if none of its keys is held out. There is one key, the
-        whole prompt, unless the row's column `hold_out_as` names others (a text or a list of them):
-        a toy row names every question of its dialogue, because their answers stand in the prompt.
+        out, and a record is trained on only if none of its keys is held out. They are the prompt up
+        to each of the user's turns, because a longer dialogue that begins with a held-out prompt
+        goes on with the answer to it. A row's column `hold_out_as` names others (a text or a list
+        of them): a toy row names every question of its dialogue, whose answers stand in the prompt.
         """
         named = self.columns.get("hold_out_as")
+        if isinstance(named, str):
+            named = [named]
         if not named:
-            named = "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
-        return [normalised(text) for text in ([named] if isinstance(named, str) else named)]
+            named = []
+            text = ""
+            for message in self.prompt:
+                text += f"{message['role']}: {message['content']}\n"
+                if message["role"] == "user":
+                    named.append(text)
+        return [normalised(text) for text in named]
 
 
 def normalised(text):
@@ -856,19 +870,29 @@ class StageData:
 def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
     """
     --data_path and the flags about lengths and batches -> StageData of a stage: 1, 2 or 3.
+    Collective.
 
-    done  steps of the run that a checkpoint holds
+    done    steps of the run that a checkpoint holds
+    raises  UsageError, on all ranks, for data that a rank cannot use, or has otherwise than another
     """
+    warn_of_other_dealing(config, log)
     max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
-    train_records, all_held_records = load_records(config, stage, log)
-    held_records = all_held_records[:config.max_eval_samples]
-    train_set = encode_records(train_records, tokenizer, stage, max_len, log)
-    held_set = encode_records(held_records, tokenizer, stage, max_len, log)
+    with raise_on_all_ranks():  # because a host may lack a file that the others have
+        train_records, all_held_records = load_records(config, stage, log)
+        held_records = all_held_records[:config.max_eval_samples]
+        train_set = encode_records(train_records, tokenizer, stage, max_len, log)
+        held_set = encode_records(held_records, tokenizer, stage, max_len, log)
+        rows = rows_of_step(len(train_set), config, stage, world)
+        text_set = []
+        if getattr(config, "unsupervised_data_path", None):  # a flag of stage 3 alone
+            held_keys = {record.keys[-1] for record in all_held_records}
+            text_set = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len,
+                                   held_keys, log)
+    check_ranks_agree(train_set + held_set + text_set)
 
     train_on_prompt = getattr(config, "train_on_prompt", False)  # a flag of stage 1 alone
     collate = Collator(stage, tokenizer.pad_token_id, train_on_prompt)
     collate_step = collate
-    rows = rows_of_step(len(train_set), config, stage, world)
     held_rows = rows
     if stage < 3:
         collate_step = MicroBatches(collate, config.gradient_accumulation_steps)
@@ -883,25 +907,64 @@ def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
         log(f"data: warning: {total_steps} {steps} teach a model next to nothing")
 
     text_batches = None
-    if getattr(config, "unsupervised_data_path", None):  # a flag of stage 3 alone
+    if text_set:
         updates = config.updates_per_rollout
-        held_keys = {record.keys[-1] for record in all_held_records}
-        text_batches = load_text_batches(config, tokenizer, total_steps * updates, done * updates,
-                                         rank, world, held_keys, log)
+        text_batches = load_text_batches(config, text_set, tokenizer, total_steps * updates,
+                                         done * updates, rank, world)
     return StageData(train_loader, held_loader, len(held_set), held_records, total_steps,
                      gold_scorer(config), text_batches)
 
 
-def load_text_batches(config, tokenizer, steps, done, rank, world, held_keys, log=print):
+def warn_of_other_dealing(config, log):
     """
-    --unsupervised_data_path, without what is held out, -> iterator of one list of micro-batches for
-    each of `steps` optimizer steps of PPO, those after the first `done`. An optimizer step has one
-    chunk of text for each of its answers.
+    Says where a model that this stage starts from was trained with another --seed or --data_split
+    on a source that this stage reads too. The two then hold out and share different rows: what is
+    held out here may have been trained on there. A model's folder has the flags in run_config.json.
+    """
+    for name, folder in vars(config).items():
+        record = Path(str(folder), "run_config.json")
+        if not name.endswith("model_name_or_path") or not record.is_file():
+            continue
+        then = json.loads(record.read_text())
+        common = set(config.data_path).intersection(then.get("data_path", []))
+        for flag_name in ("seed", "data_split"):
+            now = getattr(config, flag_name)
+            if common and then.get(flag_name, now) != now:
+                log(f"data: warning: {folder} was trained with --{flag_name} {then[flag_name]}, and "
+                    f"this stage has {now}: it holds out other rows of {', '.join(sorted(common))} "
+                    "and deals others to the stages, so rows that it is tested on may have been "
+                    "trained on. Give both the same.")
+
+
+def check_ranks_agree(items):
+    """
+    Raises UsageError, on all ranks, where a rank has read other rows than rank 0, from a file that
+    differs on its host, say. Ranks would wait for each other in vain, or train on rows that others
+    hold out. Collective.
+    """
+    crc = 0
+    for item in items:
+        for ids in sequences_of(item).values():
+            crc = zlib.crc32(ids.tobytes(), crc)
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (len(items), crc, socket.gethostname()))
+    first_count, first_crc, first_host = found[0]
+    for rank, (count, crc, host) in enumerate(found):
+        if (count, crc) != (first_count, first_crc):
+            raise UsageError(
+                f"rank {rank} on host {host} has read other data than rank 0 on {first_host}: "
+                f"{count} rows with checksum {crc:08x}, and {first_count} with {first_crc:08x}. "
+                "All hosts need the same files, tokenizer and version of the project.")
+
+
+def load_text_batches(config, chunks, tokenizer, steps, done, rank, world):
+    """
+    Chunks of encode_text -> iterator of one list of micro-batches for each of `steps` optimizer
+    steps of PPO, those after the first `done`. An optimizer step has one chunk of text for each of
+    its answers.
     """
     parts = config.gradient_accumulation_steps
     rows = config.per_device_train_batch_size * parts
-    chunks = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len,
-                         held_keys, log)
     if len(chunks) < rows * world:
         raise UsageError(f"--unsupervised_data_path: {len(chunks)} chunks of --max_seq_len "
                          f"{config.max_seq_len} tokens do not fill one optimizer step of "

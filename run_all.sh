@@ -189,7 +189,7 @@ step3=("${config[@]}" --actor_model_name_or_path "$actor" --critic_model_name_or
 # a wrong flag of the last stage, or data that it cannot use, must not show after the hours of the first
 echo "run_all.sh: checking the flags and the data of all stages"
 run_all() { PYTHONPATH=$here "$python" -P -m support.run_all "$@"; }  # -P: not this working directory's modules
-run_all check step1_sft "${step1[@]}" -- step2_reward "${step2[@]}" -- step3_ppo "${step3[@]}"
+run_all check "$hardware" step1_sft "${step1[@]}" -- step2_reward "${step2[@]}" -- step3_ppo "${step3[@]}"
 
 stage step1_sft "${step1[@]}"
 hand_out sft

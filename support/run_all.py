@@ -1,7 +1,7 @@
 """
 What run_all.sh needs Python for:
 
-    python -m support.run_all check step1_sft FLAGS -- step2_reward FLAGS -- step3_ppo FLAGS
+    python -m support.run_all check 1gpu step1_sft FLAGS -- step2_reward FLAGS -- step3_ppo FLAGS
     python -m support.run_all table output/summary.json
 """
 
@@ -10,19 +10,37 @@ import json
 import os
 import sys
 
-from support.flags import exit_on_usage_error, parse_config
+from support.flags import UsageError, exit_on_usage_error, parse_config
 
 
 SECTIONS = {"step1_sft": "sft", "step2_reward": "reward", "step3_ppo": "ppo"}
 
 
-def check(words):
+def check_hardware(hardware):
+    """Raises UsageError where GPUs are asked for and DeepSpeed finds none."""
+    from deepspeed.accelerator import get_accelerator
+
+    chosen_by_user = "DS_ACCELERATOR" in os.environ
+    has_none = get_accelerator().device_name() == "cpu"
+    if hardware in ("1gpu", "1node") and has_none and not chosen_by_user:
+        raise UsageError(
+            f"HARDWARE {hardware}: DeepSpeed finds no GPU on this machine. `cpu` runs here; a GPU "
+            "needs a build of torch with CUDA (python -c 'import torch; "
+            "print(torch.cuda.is_available())' prints True), and --dry_run needs none.")
+
+
+def check(hardware, words):
     """
-    Every stage's flags, what its folder holds, and whether the data are enough for one of its
-    steps, so that what stops the last stage does not show after the hours of the first.
+    The hardware, every stage's flags, what its folder holds, and whether the data are enough for
+    one of its steps, so that what stops the last stage does not show after the hours of the first.
     """
     from data import load_records, rows_of_step
     from support.checkpoints import refuse_to_overwrite
+
+    sys.argv[0] = "run_all.sh"
+    with exit_on_usage_error():
+        if not any(word.startswith("--dry_run") for word in words):
+            check_hardware(hardware)
 
     stages = [[]]
     for word in words:
@@ -58,6 +76,6 @@ def table(path):
 
 if __name__ == "__main__":
     if sys.argv[1] == "check":
-        check(sys.argv[2:])
+        check(sys.argv[2], sys.argv[3:])
     else:
         table(sys.argv[2])

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import dataclasses
 import gzip
 import itertools
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator import real_accelerator
 
 import data
 import step1_sft
@@ -22,9 +24,10 @@ from data import (Collator, FORMS, MicroBatches, Preference, as_messages, count_
                   encode_answers, encode_prompts, encode_records, encode_text, hold_out,
                   load_records, load_stage_data, load_tokenizer, make_dataloader, pad,
                   parse_dialogue, rank_share, read_source, split_indices, to_records,
-                  training_steps)
+                  training_steps, without_held)
 from support.flags import DataConfig, UsageError
 from support.toy import toy_gold, toy_questions, toy_rows
+from ranks import run_ranks
 
 SHARED = Path(data.__file__).resolve().parent.parent / "shared" / "data"  # real data, where there is some
 
@@ -134,6 +137,18 @@ def test_seeds_hold_out_different_prompts():
     held = [{record.keys[0] for record in hold_out(records, seed)[1]} for seed in range(10)]
     shared = [len(a & b) for a, b in itertools.combinations(held, 2)]
     assert all(0 < count < 40 for count in shared) and abs(sum(shared) / 45 - 20) < 3
+
+
+def test_no_training_row_begins_with_a_held_out_prompt():
+    """It would go on with an answer to that prompt. The same question asked later in a dialogue is another prompt."""
+    short = [Preference(user(f"Q{i}"), "x", None) for i in range(100)]
+    _, held = hold_out(short, 1)
+    [asked, *_] = [record.prompt[0]["content"] for record in held]
+    again = [{"role": "assistant", "content": "an answer"}, {"role": "user", "content": "And then?"}]
+    begins = Preference(user(asked.lower()) + again, "x", None)
+    later = Preference(user("Hello") + [again[0], {"role": "user", "content": asked}], "x", None)
+    assert without_held([begins, later], {record.keys[-1] for record in held}) == [later]
+    assert begins.keys == [f"user: {asked.lower()}", f"user: {asked.lower()} assistant: an answer user: and then?"]
 
 
 def test_a_row_may_name_several_keys():
@@ -902,7 +917,7 @@ def test_text_to_mix_in_holds_nothing_that_is_held_out(tokenizer, tmp_path):
     assert text(str(tmp_path / "plain.txt")).count("What is") == 4 and "left out" not in lines[-2]
 
 
-def test_the_toy_as_text_to_mix_in_holds_nothing_that_is_held_out(tokenizer, monkeypatch):
+def test_the_toy_as_text_to_mix_in_holds_nothing_that_is_held_out(tokenizer, monkeypatch, process_group):
     """Neither as the question that is answered nor earlier in the dialogue."""
     chunks = []
 
@@ -923,9 +938,48 @@ def test_the_toy_as_text_to_mix_in_holds_nothing_that_is_held_out(tokenizer, mon
 
 
 # -----------------------------------------------------------------------------
+# stages and ranks that do not fit together
+
+@pytest.mark.parametrize("flags, warned", [
+    (dict(seed=1), "--seed 1, and this stage has 1234"), (dict(data_split="8,1,1"), "--data_split 8,1,1, and this"),
+    (dict(), None), (dict(data_path=["other.jsonl"], seed=1), None)])
+def test_another_dealing_of_the_stage_before_is_said(tokenizer, tmp_path, process_group, flags, warned):
+    before = dataclasses.asdict(step1_sft.Config(**flags))
+    (tmp_path / "run_config.json").write_text(json.dumps(before))
+    config = step1_sft.Config(model_name_or_path=str(tmp_path), max_steps=20, max_eval_samples=4)
+    lines = []
+    load_stage_data(config, 1, tokenizer, 0, 1, log=lines.append)
+    said = [line for line in lines if "was trained with" in line]
+    assert len(said) == (warned is not None) and all(warned in line for line in said)
+
+
+def read_by_rank(rank, ranks, folder, error):
+    """Rank 1 has another file than rank 0."""
+    config = step1_sft.Config(data_path=[f"{folder}/{rank}/rows.jsonl"], data_split="1,0,0")
+    with pytest.raises(UsageError, match=error):
+        load_stage_data(config, 1, load_tokenizer("tiny"), rank, ranks, log=quiet)
+
+
+@pytest.mark.parametrize("change, error", [
+    ("one word", "rank 1 on host .* has read other data than rank 0"), ("a row less", "79 rows .*, and 80"),
+    ("no file", "1/rows.jsonl")])
+def test_ranks_with_other_data_all_stop(tmp_path, change, error):
+    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(80)]
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        write_jsonl(tmp_path / str(rank) / "rows.jsonl", rows)
+    if change == "no file":
+        (tmp_path / "1" / "rows.jsonl").unlink()
+    else:
+        changed = [{**rows[0], "response": "It is one."}, *rows[1:]] if change == "one word" else rows[1:]
+        write_jsonl(tmp_path / "1" / "rows.jsonl", changed)
+    run_ranks(2, read_by_rank, tmp_path, error)
+
+
+# -----------------------------------------------------------------------------
 # how many steps the rows give
 
-def test_few_steps_are_said_and_warned_of(tokenizer, tmp_path):
+def test_few_steps_are_said_and_warned_of(tokenizer, tmp_path, process_group):
     rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(100)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     for epochs, steps in ((1, 5), (2, 10)):
@@ -948,11 +1002,25 @@ def test_run_all_finds_too_few_rows_for_the_last_stage(tmp_path, monkeypatch, ca
                f"--actor_model_name_or_path tiny --critic_model_name_or_path tiny {common} "
                "--per_device_generation_batch_size ").split(" ")[:-1]
     monkeypatch.setattr("sys.argv", ["run_all"])
-    run_all.check(command + ["14"])  # 40 rows, 4 held out, 7, 14 and 15 or so for the stages
+    run_all.check("cpu", command + ["14"])  # 40 rows, 4 held out, 7, 14 and 15 or so for the stages
     with pytest.raises(SystemExit):
-        run_all.check(command + ["16"])
+        run_all.check("cpu", command + ["16"])
     assert "step3_ppo.py: error: 14 examples do not fill one step of 16 rows" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
-        run_all.check(command + ["8"])
+        run_all.check("cpu", command + ["8"])
     assert "on 2 process(es)" in capsys.readouterr().err
+
+
+def test_run_all_refuses_hardware_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["run_all"])
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(real_accelerator.get_accelerator(), "_name", "cpu")
+    for hardware in ("1gpu", "1node"):
+        with pytest.raises(SystemExit):
+            run_all.check(hardware, ["step1_sft", "--max_steps", "3"])
+        assert f"run_all.sh: error: HARDWARE {hardware}: DeepSpeed finds no GPU" in capsys.readouterr().err
+        run_all.check(hardware, ["step1_sft", "--dry_run"])
+    run_all.check("cpu", ["step1_sft", "--max_steps", "3"])
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    run_all.check("1node", ["step1_sft", "--max_steps", "3"])
