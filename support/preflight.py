@@ -316,8 +316,8 @@ def read_answers(models, records, args):
     none, or over all ranks
 
     nats        mean of -log p of an answer's tokens, its EOS included
-    eos_after   mean probability of EOS after the answer
-    eos_inside  mean probability of EOS after half of the answer
+    eos_after   mean probability of an end after the answer: of any token that ends a rollout
+    eos_inside  mean probability of an end after half of the answer
     fits        share of the answers that are no longer than --max_answer_seq_len
     """
     answered = [record for record in records if record.chosen][:64]
@@ -351,16 +351,11 @@ def read_answers(models, records, args):
         mask = (from_end < counts[:, None]).float()
         logprobs, _ = models.actor(ids.to(device()), attention_mask.to(device()), mask.to(device()))
         on_device = weight.to(device())
-        sums.add(eos_after=(logprobs[:, -1].exp() * on_device).sum(),
-                 nats=-(logprobs.sum(1) * on_device).sum(), tokens=(counts * weight).sum())
-
-        # Halves; only the EOS that was put at their end is scored.
-        ids, attention_mask = pad(halves, eos, "left")
-        mask = torch.ones(len(batch), 1)
-        logprobs, _ = models.actor(ids.to(device()), attention_mask.to(device()), mask.to(device()))
         fits = counts <= args.max_answer_seq_len
-        sums.add(eos_inside=(logprobs[:, -1].exp() * on_device).sum(), fits=(fits * weight).sum(),
-                 answers=weight.sum())
+        sums.add(nats=-(logprobs.sum(1) * on_device).sum(), tokens=(counts * weight).sum(),
+                 eos_after=(probability_of_end(models, whole) * on_device).sum(),
+                 eos_inside=(probability_of_end(models, halves) * on_device).sum(),
+                 fits=(fits * weight).sum(), answers=weight.sum())
 
     total = sums.over_ranks()
     answers = total["answers"]
@@ -368,6 +363,20 @@ def read_answers(models, records, args):
             "eos_after": total["eos_after"] / answers,
             "eos_inside": total["eos_inside"] / answers,
             "fits": total["fits"] / answers}
+
+
+def probability_of_end(models, rows):
+    """
+    Lists of ids, each ending with an EOS -> (N,): the actor's probability, where that EOS stands,
+    of any of the tokens that end a rollout.
+    """
+    total = 0.0
+    for end in set(models.eos_token_ids):
+        ids, attention_mask = pad([[*row[:-1], end] for row in rows], end, "left")
+        only_last = torch.ones(len(rows), 1, device=device())
+        logprobs, _ = models.actor(ids.to(device()), attention_mask.to(device()), only_last)
+        total = total + logprobs[:, -1].exp()
+    return total
 
 
 def check_preference(models, records, args):

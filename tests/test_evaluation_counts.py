@@ -97,6 +97,7 @@ def evaluate(rank, ranks, folder):
                       if value is not None}
 
         # Preflight, which tells its numbers in sentences.
+        engine.eos_token_ids = [tokenizer.eos_token_id, 7, 14]
         answers = preflight.read_answers(engine, data.held_records, args)
         found |= {f"{count} preflight {name}": value for name, value in answers.items()}
         swapped = [type(record)(record.prompt, record.rejected, record.chosen) for record in data.held_records]

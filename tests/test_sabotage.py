@@ -102,6 +102,23 @@ def test_preflight_leaves_no_trace(flags, tmp_path):
     assert torch.equal(state, plain_state)
 
 
+def test_preflight_knows_all_tokens_that_end_an_answer(flags, tmp_path, tokenizer, capsys):
+    """An actor that ends by another token than the tokenizer's EOS, which generation_config names too."""
+    actor = tmp_path / "actor_model"
+    shutil.copytree(flags["actor_model_name_or_path"], actor)
+    other = tokenizer.convert_tokens_to_ids("9")
+    weights = load_file(actor / "model.safetensors")
+    for tensor in weights.values():
+        if tensor.ndim == 2 and len(tensor) >= len(tokenizer):
+            tensor[[tokenizer.eos_token_id, other]] = tensor[[other, tokenizer.eos_token_id]]
+    save_file(weights, actor / "model.safetensors", {"format": "pt"})
+    settings = json.loads((actor / "generation_config.json").read_text())
+    settings["eos_token_id"] = [tokenizer.eos_token_id, other]
+    (actor / "generation_config.json").write_text(json.dumps(settings))
+    ppo(flags, tmp_path, actor_model_name_or_path=str(actor))
+    assert "preflight: 8 checks passed" in capsys.readouterr().out
+
+
 def test_preflight_lets_the_rewards_be_changed(flags, tmp_path, monkeypatch, capsys):
     """A length penalty of 0.01 a token, where the KL penalty is."""
     def with_length_penalty(scores, logprobs, ref_logprobs, mask, kl_coef):
