@@ -587,8 +587,9 @@ class DeepSpeedPPOTrainer:
             "objective/entropy": total["entropy"] / tokens,
             "response/length": tokens / rows,
             "response/ended": total["ended"] / rows,
-            "response/logprob_drift": total.get("drift", 0.0) / tokens,
         }
+        if "drift" in total:
+            metrics["response/logprob_drift"] = total["drift"] / tokens
         for name in names:
             metrics[f"objective/scores/{name}"] = total[f"scores/{name}"] / rows
         for name, size in self.models.generator.memory.items():

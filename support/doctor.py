@@ -120,7 +120,7 @@ def distance_to_the_old_policy(history):
     """How far the sampler is from the trainer, and the trainer from where a rollout found it."""
     found = {}
     last = history[-5:]
-    drift = column(last, "response/logprob_drift").mean()
+    drift = column(last, "response/logprob_drift").sum() / len(last)  # 0 with --top_p
     first_drift = column(history[:1], "response/logprob_drift").sum()
     if drift > min(0.05, max(1e-3, 5 * first_drift)):
         found["drift"] = (

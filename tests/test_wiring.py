@@ -234,7 +234,7 @@ def test_the_sampler_is_told_every_flag(tokenizer):
         "max_new_tokens": 4, "temperature": 0.8, "top_p": 0.6, "eos_token_id": EOS_IDS,
         "pad_token_id": tokenizer.pad_token_id, "num_return_sequences": 2}
     # No drift is measured, because the sampler's probabilities are those of top-p's set alone.
-    assert trainer.metrics["response/logprob_drift"] == 0
+    assert "response/logprob_drift" not in trainer.metrics
 
 
 def seeds_of_a_run(tokenizer, seed):
