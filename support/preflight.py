@@ -20,8 +20,11 @@ from support.metrics import Sums
 from support.models import last_token
 from support.processes import all_sum, device, print0, to_device
 
-# Mean nats by which two ways of computing one log-probability may differ.
-NOISE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}
+# Mean nats by which two ways of computing one log-probability may differ. In bf16 a healthy
+# SmolLM2-135M is 0.033 from its float32 self, sampler and trainer alike, and 0.04 to 0.05 apart.
+# Sampling at temperature 0.9 instead of 1 makes 0.17 there, attending to padding 0.28, dropout of
+# 0.05 in attention 0.4, a shift by one token 2.0.
+NOISE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 TRIAL = 50  # steps; runs shorter than this only warn about untrained models
 
 
