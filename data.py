@@ -20,6 +20,8 @@ out from all three.
     # one example a stage, the trained tokens marked
     python data.py --data_path toy
     python data.py --data_path my.jsonl --model_name_or_path facebook/opt-1.3b
+    # every record as it was read, to look at or to train from
+    python data.py --data_path my.jsonl --write_records records.jsonl
 """
 
 import copy
@@ -33,7 +35,7 @@ import unicodedata
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,7 @@ from transformers import AutoTokenizer
 
 from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usage_error,
                            first_line, flag, parse_config)
+from support.forms import FORMS, JOINS, Unusable
 from support.processes import raise_on_all_ranks
 from support.sources import read_source, read_text
 from support.toy import gold_scorer, toy_tokenizer
@@ -58,6 +61,9 @@ class Preference:
     prompt: list[dict]    # [{"role": "user", "content": "What is 1 + 1?"}], the last one the user's
     chosen: str           # the better answer; in SFT the demonstration
     rejected: str | None  # the worse answer; None where the source has demonstrations only
+    # of the chosen answer's message, what templates read beside its text: reasoning_content
+    chosen_fields: dict = field(default_factory=dict)
+    tools: list | None = None  # that the template tells the model of
     # the row's other columns, passed to --reward_fn functions
     columns: dict = field(default_factory=dict, compare=False)
     # the place that errors name: "pairs.jsonl, row 3"
@@ -90,178 +96,137 @@ def normalised(text):
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-HUMAN = "\n\nHuman:"
-ASSISTANT = "\n\nAssistant:"
-
-
-def parse_dialogue(text):
-    """
-    '\\n\\nHuman: hi\\n\\nAssistant: hello\\n\\nHuman: ...' -> messages. Text before the first
-    marker is the system's message; text without markers is one message of the user.
-    """
-    # Windows ends lines by "\r\n".
-    dialogue = "\n\n" + text.replace("\r\n", "\n").lstrip()
-    if HUMAN not in dialogue:
-        return [{"role": "user", "content": text.strip()}]
-    system, *turns = dialogue.split(HUMAN)
-    messages = []
-    if system.strip():
-        messages.append({"role": "system", "content": system.strip()})
-    for turn in turns:
-        question, *answers = turn.split(ASSISTANT)
-        messages.append({"role": "user", "content": question.strip()})
-        messages += [{"role": "assistant", "content": answer.strip()} for answer in answers]
-    return messages
-
-
-def as_messages(value):
-    """
-    A prompt or a whole dialogue, text or messages -> messages. An open '\\n\\nAssistant:' at the
-    end is dropped, because the chat template writes it.
-    """
-    messages = list(value) if isinstance(value, (list, tuple)) else parse_dialogue(value)
-    if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"]:
-        messages = messages[:-1]
-    return messages
-
-
-def as_answer(value):
-    """An answer, text or a list of one message -> text; None stays None."""
-    return value[-1]["content"] if isinstance(value, (list, tuple)) else value
-
-
 # -----------------------------------------------------------------------------
-# rows -> records: one small function a form, row -> Preference, or None where the row holds none
+# rows -> records
 
-def from_pair(row):
-    return Preference(
-        as_messages(row["prompt"]), as_answer(row["chosen"]), as_answer(row["rejected"]))
-
-
-def from_dialogues(row):
-    """HH-RLHF: two whole dialogues, which must be the same but for the last answer."""
-    chosen = as_messages(row["chosen"])
-    rejected = as_messages(row["rejected"])
-    if not chosen or chosen[:-1] != rejected[:-1]:
-        return None
-    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        return None
-    return Preference(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
-
-
-def from_instruction(row):
-    """Alpaca: instruction and optional input; an output, or a chosen and a rejected one."""
-    extra = "\n\n" + row["input"] if row.get("input") else ""
-    prompt = as_messages(row["instruction"] + extra)
-    chosen = row["chosen"] if row.get("chosen") is not None else row["output"]
-    return Preference(prompt, chosen, row.get("rejected"))
-
-
-def from_messages(row):
-    messages = row["messages"]
-    if not messages or messages[-1]["role"] != "assistant":
-        return None
-    return Preference(list(messages[:-1]), messages[-1]["content"], None)
-
-
-def from_webgpt(row):
-    """openai/webgpt_comparisons: two scored answers; ties teach nothing."""
-    prompt = as_messages(row["question"]["full_text"])
-    first_score = float(row["score_0"])  # float, because a .csv holds text
-    second_score = float(row["score_1"])
-    if first_score == second_score:
-        return None
-    if first_score > second_score:
-        return Preference(prompt, row["answer_0"], row["answer_1"])
-    return Preference(prompt, row["answer_1"], row["answer_0"])
-
-
-def from_shp(row):
-    """stanfordnlp/SHP: labels is 1 where answer A was preferred."""
-    prompt = as_messages(row["history"])
-    if int(row["labels"]) == 1:
-        return Preference(prompt, row["human_ref_A"], row["human_ref_B"])
-    return Preference(prompt, row["human_ref_B"], row["human_ref_A"])
-
-
-def from_columns(prompt, answer, row):
-    """Demonstrations alone; prompt and answer are the names of the columns that hold them."""
-    return Preference(as_messages(row[prompt]), as_answer(row[answer]), None)
-
-
-def from_prompt(row):
-    """A prompt alone, which is enough for PPO."""
-    return Preference(as_messages(row["prompt"]), "", None)
-
-
-# A source is read by the first form whose columns more than half of its rows have.
-FORMS = [
-    (("prompt", "chosen", "rejected"), from_pair),
-    (("instruction", "chosen", "rejected"), from_instruction),
-    (("chosen", "rejected"), from_dialogues),
-    (("question", "answer_0", "answer_1", "score_0", "score_1"), from_webgpt),
-    (("history", "human_ref_A", "human_ref_B", "labels"), from_shp),
-    (("instruction", "output"), from_instruction),
-    (("messages",), from_messages),
-    (("prompt", "response"), partial(from_columns, "prompt", "response")),
-    (("prompt", "completion"), partial(from_columns, "prompt", "completion")),
-    (("question", "answer"), partial(from_columns, "question", "answer")),
-    (("prompt",), from_prompt),
-]
+def fitting(table, rows):
+    """The first function of a table whose columns more than half of the rows have, or None."""
+    # Rows may have different columns, because .jsonl writers omit nulls.
+    columns_of_rows = Counter(frozenset(name.lower() for name in row) for row in rows)
+    for needed, function in table:
+        count = sum(n for columns, n in columns_of_rows.items() if columns.issuperset(needed))
+        if count > len(rows) / 2:
+            return function
+    return None
 
 
 def choose_form(rows, source):
-    """Rows (dicts of one source) -> the function of FORMS that reads them."""
-    # Rows may have different columns, because .jsonl writers omit nulls.
-    columns_of_rows = Counter(frozenset(row) for row in rows)
-    for needed, form in FORMS:
-        count = sum(n for columns, n in columns_of_rows.items() if columns.issuperset(needed))
-        if count > len(rows) / 2:
-            return form
-    came = ", ".join(sorted(set().union(*columns_of_rows)))
+    """
+    Rows (dicts of one source) -> the function of FORMS that reads them. Raises UsageError where
+    there is none, with a line of --columns that names this source's own.
+    """
+    form = fitting(FORMS, rows)
+    if form is not None:
+        return form
+    columns = sorted(set().union(*rows))
+    texts = [name for name in columns if isinstance(rows[0].get(name), str)] or columns
     accepted = "; ".join(", ".join(needed) for needed, _ in FORMS)
-    raise UsageError(f"{source} has the columns {came}. One of these sets is needed: {accepted}. "
-                     "Rename its columns, or add a form to FORMS in data.py.")
+    raise UsageError(
+        f"{source} has the columns {', '.join(columns)}, and no form reads them. Say which is "
+        f"which, --columns prompt={texts[0]} response={texts[-1]} say, or chosen=... rejected=... "
+        f"for pairs; or add a form to support/forms.py. The forms there need {accepted}.")
+
+
+def renamed(rows, columns, source):
+    """Rows with --columns: "prompt=question" calls the column `question` `prompt`."""
+    if not columns:
+        return rows
+    names = dict(pair.split("=", 1) for pair in columns if "=" in pair)
+    known = sorted(set().union(*rows))
+    for pair in columns:
+        if "=" not in pair or names[pair.split("=")[0]] not in known:
+            raise UsageError(f"--columns {pair}: prompt=question, say, with a column of {source}; "
+                             f"it has {', '.join(known)}.")
+    return [{**row, **{new: row.get(old) for new, old in names.items()}} for row in rows]
 
 
 def convert(row, form):
-    """A row -> its record; None where the user does not speak last or both answers are the same."""
-    record = form(row)
-    if record is None:
-        return None
-    # A message without role or text raises here, where the row's number is known.
-    prompt = [(message["role"], message["content"].strip()) for message in record.prompt]
-    record.chosen = "" if record.chosen is None else record.chosen.strip()
-    record.rejected = None if record.rejected is None else record.rejected.strip()
-    if not prompt or prompt[-1][0] != "user" or record.chosen == record.rejected:
-        return None
-    record.columns = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
+    """A row -> its record. Raises Unusable where it holds none."""
+    found = form({name.lower(): value for name, value in row.items()})
+    if not found.prompt or found.prompt[-1]["role"] not in ("user", "tool"):
+        raise Unusable("whose prompt does not end with the user's words")
+    chosen = "" if found.chosen is None else found.chosen["content"].strip()
+    rejected = None
+    if found.rejected is not None:
+        rejected = found.rejected["content"].strip() or None
+    if found.chosen is not None and not chosen:
+        raise Unusable("without an answer")
+    if chosen == rejected:
+        raise Unusable("with two equal answers")
+    fields = {name: value for name, value in (found.chosen or {}).items()
+              if name not in ("role", "content")}
+    columns = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+    tools = row.get("tools")
+    if isinstance(tools, str):  # some sets hold them as JSON
+        tools = json.loads(tools or "null")
+    record = Preference(found.prompt, chosen, rejected, fields, tools or None, columns)
     # Halves of surrogate pairs, which JSON can spell but no tokenizer reads, raise here.
-    contents = [content for _, content in prompt]
-    "".join([*contents, record.chosen, record.rejected or "", *record.keys]).encode()
+    contents = [message["content"] for message in record.prompt]
+    "".join([*contents, chosen, rejected or "", *record.keys]).encode()
     return record
 
 
 def to_records(rows, source):
-    """Rows (dicts of one source) -> (records, number of rows that hold no usable example)."""
-    form = choose_form(rows, source)
-    blank = dict.fromkeys(set().union(*rows))  # a column that a row leaves out is None there
-    records = []
-    for number, row in enumerate(rows, 1):
-        row = blank | row
+    """
+    Rows (dicts of one source) -> (records, {reason: numbers of the rows that hold none}).
+
+    raises UsageError where no form reads the rows, or none of them can be read
+    """
+    join = fitting(JOINS, rows)
+    if join is not None:
         try:
-            record = convert(row, form)
+            numbered = join(rows, source)
+        except UNREADABLE as error:
+            raise UsageError(f"{source} looks like {join.__doc__.split(':')[0].strip()}, and "
+                             f"cannot be read so ({type(error).__name__}: {first_line(error)}); "
+                             "rename its columns if it is another set.") from error
+    else:
+        numbered = list(enumerate(rows, 1))
+    whole_rows = [row for _, row in numbered if isinstance(row, dict)]
+    form = choose_form(whole_rows or rows, source)
+
+    blank = dict.fromkeys(set().union(*whole_rows))  # a column that a row leaves out is None there
+    records = []
+    dropped = {}
+    first_fault = None
+    for number, row in numbered:
+        try:
+            if isinstance(row, Unusable):
+                raise row
+            record = convert(blank | row, form)
+        except Unusable as reason:
+            dropped.setdefault(str(reason), []).append(number)
         except UnicodeEncodeError as error:
-            raise UsageError(f"{source}, row {number}: its text is no Unicode ({error.reason}); "
-                             "mend the row, or leave it out.") from error
-        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-            raise UsageError(f"{source}, row {number}: text is needed there, or a list of "
-                             "messages, each with role and content; "
-                             f"{str(row)[:300]} came.") from error
-        if record:
+            dropped.setdefault(CANNOT_BE_READ, []).append(number)
+            first_fault = first_fault or (
+                f"{source}, row {number}: its text is no Unicode ({error.reason}); mend the row, "
+                "or leave it out.")
+        except UNREADABLE as error:
+            dropped.setdefault(CANNOT_BE_READ, []).append(number)
+            first_fault = first_fault or (
+                f"{source}, row {number}: text is needed there, or a list of messages, each with "
+                f"role and content ({type(error).__name__}: {first_line(error)}); "
+                f"{str(row)[:300]} came.")
+        else:
             record.origin = f"{source}, row {number}"
             records.append(record)
-    return records, len(rows) - len(records)
+    if first_fault and not records:
+        raise UsageError(first_fault)
+    return records, dropped
+
+
+# What a form raises for a row that is not as its columns promise.
+UNREADABLE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
+CANNOT_BE_READ = "that cannot be read"
+
+
+def say_dropped(source, row_count, dropped, log):
+    """Logs what was dropped and why, with the first rows' numbers; loudly where it is much."""
+    for reason, numbers in dropped.items():
+        shown = ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "")
+        much = reason == CANNOT_BE_READ and len(numbers) > 0.01 * row_count
+        warning = "warning: " if much else ""
+        log(f"data: {warning}{source}: {len(numbers)} rows {reason} left out (row {shown})")
 
 
 # -----------------------------------------------------------------------------
@@ -364,6 +329,43 @@ def sources_of_stage(config, stage):
     return sources
 
 
+def read_records(source, config, log):
+    """
+    A --data_path entry -> its rows and records; its test rows and their records, None where it has
+    none. Says what was dropped, and why. Raises UsageError for a source without rows.
+    """
+    rows, test_rows = read_source(source)
+    if not rows:
+        raise UsageError(f"{source} is empty: it holds no rows to train on.")
+    rows = renamed(rows, config.columns, source)
+    records, dropped = to_records(rows, source)
+    say_dropped(source, len(rows), dropped, log)
+    test_records = None
+    if test_rows:
+        test_name = f"{source} (test rows)"
+        test_rows = renamed(test_rows, config.columns, test_name)
+        test_records, dropped = to_records(test_rows, test_name)
+        say_dropped(test_name, len(test_rows), dropped, log)
+    return rows, records, test_rows, test_records
+
+
+def without_repeats(records, seen, source, log):
+    """
+    The records that no earlier source has; `seen` is a set of what all sources have had so far. A
+    row that two sources share would otherwise be dealt twice, to two stages perhaps.
+    """
+    identities = []
+    for record in records:
+        content = json.dumps([record.prompt, record.chosen, record.rejected], default=str)
+        identities.append(hashlib.blake2b(content.encode(), digest_size=16).digest())
+    kept = [record for record, identity in zip(records, identities) if identity not in seen]
+    seen.update(identities)
+    if len(kept) < len(records):
+        log(f"data: {source}: {len(records) - len(kept)} rows left out, which an earlier source "
+            "has too")
+    return kept
+
+
 def load_records(config, stage, log=print):
     """
     (training, held-out) lists of Preference for a stage: 1 SFT, 2 reward model, 3 PPO. All stages
@@ -376,21 +378,19 @@ def load_records(config, stage, log=print):
     train = []
     held = []
     held_keys = set()
+    seen = set()
     sources = sources_of_stage(config, stage)
     names = ", ".join(source for source, _, _ in sources)
     for source, data_split, weight in sources:
-        rows, test_rows = read_source(source)
-        if not rows:
-            raise UsageError(f"{source} is empty: it holds no rows to train on.")
-        records, _ = to_records(rows, source)
-        usable_count = sum(is_usable(record, stage) for record in records)
+        rows, records, test_rows, test_records = read_records(source, config, log)
         if len(sources) == 1:
             check_source(source, rows, records, stage)
+        records = without_repeats(records, seen, source, log)
+        usable_count = sum(is_usable(record, stage) for record in records)
 
         # What is held out: the source's own test rows, or one prompt in ten.
         if test_rows:
             to_deal = records
-            test_records, _ = to_records(test_rows, f"{source} (test rows)")
         else:
             to_deal, test_records = hold_out(records, config.seed)
             left_out = len(records) - len(to_deal) - len(test_records)
@@ -403,8 +403,8 @@ def load_records(config, stage, log=print):
         train += share
         held += [record for record in test_records if is_usable(record, stage)]
         held_keys |= {record.keys[-1] for record in test_records}
-        log(f"data: {source}: {len(rows)} rows, {len(rows) - usable_count} without a usable "
-            f"example, {len(test_records)} held out, {len(share)} for stage {stage}")
+        log(f"data: {source}: {len(rows)} rows, {usable_count} of them with {STAGE_NEEDS[stage]}; "
+            f"{len(test_records)} held out, {len(share)} for stage {stage}")
 
     # Two sources, or a train and a test file, may share prompts, which are then held out of all.
     dealt_count = len(train)
@@ -504,9 +504,18 @@ def end_of_turn(tokenizer):
     return min(places)[1] if places else None
 
 
-def render(tokenizer, dialogues, open_answer=False):
-    """Message lists -> texts by the template; open_answer: with the words that open an answer."""
+def render(tokenizer, dialogues, open_answer=False, tools=None):
+    """
+    Message lists -> texts by the template.
+
+    open_answer  with the words that open an answer
+    tools        of each dialogue, a list or None
+    """
     try:
+        if tools and any(tools):
+            return [tokenizer.apply_chat_template(dialogue, tools=own_tools, tokenize=False,
+                                                  add_generation_prompt=open_answer)
+                    for dialogue, own_tools in zip(dialogues, tools)]
         return tokenizer.apply_chat_template(dialogues, tokenize=False,
                                              add_generation_prompt=open_answer)
     except Exception as error:  # of any kind, because a template is a program
@@ -519,23 +528,26 @@ def render(tokenizer, dialogues, open_answer=False):
 # -----------------------------------------------------------------------------
 # records -> token ids, and back
 
-def encode_prompts(tokenizer, prompts):
+def encode_prompts(tokenizer, prompts, tools=None):
     """List of message lists -> (texts, ids), each with the words that open the assistant's turn."""
-    texts = render(tokenizer, prompts, open_answer=True)
+    texts = render(tokenizer, prompts, open_answer=True, tools=tools)
     return texts, tokenizer(texts, add_special_tokens=False).input_ids
 
 
-def encode_answers(tokenizer, prompts, answers):
+def encode_answers(tokenizer, prompts, answers, tools=None):
     """
-    Lists of message lists and of answer texts -> list of (prompt ids, answer ids). An answer ends
-    with its first EOS, whatever the template writes after it. A prompt is tokenised as it will be
-    at generation, by itself: its ids are what the model sees before it answers, even where prompt
-    and answer would merge at their seam.
+    Lists of message lists and of answers, texts or messages -> list of (prompt ids, answer ids). An
+    answer ends with its first EOS, whatever the template writes after it. A prompt is tokenised as
+    it will be at generation, by itself: its ids are what the model sees before it answers, even
+    where prompt and answer would merge at their seam.
     """
-    dialogues = [prompt + [{"role": "assistant", "content": answer}]
-                 for prompt, answer in zip(prompts, answers)]
-    prompt_texts, all_prompt_ids = encode_prompts(tokenizer, prompts)
-    full_texts = render(tokenizer, dialogues)
+    dialogues = []
+    for prompt, answer in zip(prompts, answers):
+        if isinstance(answer, str):
+            answer = {"role": "assistant", "content": answer}
+        dialogues.append([*prompt, answer])
+    prompt_texts, all_prompt_ids = encode_prompts(tokenizer, prompts, tools)
+    full_texts = render(tokenizer, dialogues, tools=tools)
 
     # Behind the prompt's text stands the answer's, without the line's end that some templates write
     # after it. The prompt keeps its own.
@@ -565,23 +577,27 @@ def encode_answers(tokenizer, prompts, answers):
 
 def sft_items(records, tokenizer):
     """Stage 1: prompt + chosen answer + EOS."""
-    prompts = [record.prompt for record in records]
-    encoded = encode_answers(tokenizer, prompts, [record.chosen for record in records])
+    answers = [{"role": "assistant", "content": record.chosen, **record.chosen_fields}
+               for record in records]
+    encoded = encode_answers(tokenizer, [record.prompt for record in records], answers,
+                             [record.tools for record in records])
     return [{"input_ids": prompt + answer, "prompt_len": len(prompt)} for prompt, answer in encoded]
 
 
 def pair_items(records, tokenizer):
     """Stage 2: prompt + answer + EOS, for both answers."""
     prompts = [record.prompt for record in records]
-    chosen = encode_answers(tokenizer, prompts, [record.chosen for record in records])
-    rejected = encode_answers(tokenizer, prompts, [record.rejected for record in records])
+    tools = [record.tools for record in records]
+    chosen = encode_answers(tokenizer, prompts, [record.chosen for record in records], tools)
+    rejected = encode_answers(tokenizer, prompts, [record.rejected for record in records], tools)
     return [{"chosen": prompt + better, "rejected": prompt + worse, "prompt_len": len(prompt)}
             for (prompt, better), (_, worse) in zip(chosen, rejected)]
 
 
 def prompt_items(records, tokenizer):
     """Stage 3: the prompt alone, and the record that the reward functions read."""
-    _, all_ids = encode_prompts(tokenizer, [record.prompt for record in records])
+    _, all_ids = encode_prompts(tokenizer, [record.prompt for record in records],
+                                [record.tools for record in records])
     return [{"input_ids": ids, "record": record} for ids, record in zip(all_ids, records)]
 
 
@@ -672,8 +688,10 @@ def document_ids(source, tokenizer, held_keys, log):
     if not rows:
         return []
     if "text" in rows[0]:
-        texts = [row.get("text") for row in rows]
-        names = [f"{source}, row {number}" for number in range(1, len(rows) + 1)]
+        numbered = [(number, row["text"]) for number, row in enumerate(rows, 1)
+                    if row.get("text") is not None and str(row["text"]).strip()]
+        texts = [text for _, text in numbered]
+        names = [f"{source}, row {number}" for number, _ in numbered]
         items = encode_rows(text_items, texts, names, tokenizer)
     else:
         records, _ = to_records(rows, source)
@@ -930,10 +948,10 @@ def warn_of_other_dealing(config, log):
         for flag_name in ("seed", "data_split"):
             now = getattr(config, flag_name)
             if common and then.get(flag_name, now) != now:
-                log(f"data: warning: {folder} was trained with --{flag_name} {then[flag_name]}, and "
-                    f"this stage has {now}: it holds out other rows of {', '.join(sorted(common))} "
-                    "and deals others to the stages, so rows that it is tested on may have been "
-                    "trained on. Give both the same.")
+                log(f"data: warning: {folder} was trained with --{flag_name} {then[flag_name]}, "
+                    f"and this stage has {now}: it holds out other rows of "
+                    f"{', '.join(sorted(common))} and deals others to the stages, so rows that it "
+                    "is tested on may have been trained on. Give both the same.")
 
 
 def check_ranks_agree(items):
@@ -980,6 +998,7 @@ def load_text_batches(config, chunks, tokenizer, steps, done, rank, world):
 @dataclass
 class Config(DataConfig):
     model_name_or_path: str = flag("tiny", "whose tokenizer to use")
+    write_records: str = flag("", "a .jsonl file for every record as it was read, before any split")
 
 
 def show(item, stage, tokenizer):
@@ -998,8 +1017,27 @@ def show(item, stage, tokenizer):
         print(f"{tokenizer.decode(item['input_ids'])}[[the policy's own answer]]")
 
 
+def write_records(config):
+    """--write_records: one record a line, with prompt (messages), chosen and rejected or null."""
+    count = 0
+    with open(config.write_records, "w", encoding="utf-8") as file:
+        for source in config.data_path:
+            _, records, _, test_records = read_records(source, config, print)
+            for record in records + (test_records or []):
+                line = {"prompt": record.prompt, "chosen": record.chosen,
+                        "rejected": record.rejected, **record.chosen_fields}
+                if record.tools:
+                    line["tools"] = record.tools
+                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                count += 1
+    print(f"{config.write_records}: {count} records")
+
+
 def main():
     config = parse_config(Config, __doc__)
+    if config.write_records:
+        write_records(config)
+        return
     tokenizer = load_tokenizer(config.model_name_or_path, config.chat_template)
     errors = []
     for stage, name in ((1, "SFT"), (2, "reward model"), (3, "PPO")):

@@ -118,6 +118,7 @@ class DataConfig(CheckedConfig):
     """Flags about data, for the stages and for `python data.py`."""
     data_path: list[str] = flag(["toy"], "sources: toy, files, folders, hub names")
     sft_data_path: list[str] = flag([], "demonstrations for step 1 alone, beside --data_path")
+    columns: list[str] = flag([], "names for columns of other names: prompt=question chosen=best")
     data_split: str = flag("2,4,4", "shares of the rows for SFT, reward model and PPO")
     data_weights: list[float] = flag([], "copies of each source; 0.5: every other row; default 1")
     max_eval_samples: int = flag(512, "held-out rows used for evaluation, at most", at_least=1)

@@ -20,12 +20,13 @@ import data
 import step1_sft
 import step3_ppo
 from support import run_all, toy
-from data import (Collator, FORMS, MicroBatches, Preference, as_messages, count_steps,
+from data import (Collator, MicroBatches, Preference, count_steps,
                   encode_answers, encode_prompts, encode_records, encode_text, hold_out,
                   load_records, load_stage_data, load_tokenizer, make_dataloader, pad,
-                  parse_dialogue, rank_share, read_source, split_indices, to_records,
+                  rank_share, read_source, split_indices, to_records,
                   training_steps, without_held)
 from support.flags import DataConfig, UsageError
+from support.forms import FORMS, as_prompt, parse_dialogue
 from support.toy import toy_gold, toy_questions, toy_rows
 from ranks import run_ranks
 
@@ -252,8 +253,8 @@ def test_blank_answers_are_no_pairs(tmp_path):
 def test_answers_that_are_no_text_are_refused_and_none_is_none():
     pair = {"prompt": "Hi", "chosen": "Hello!", "rejected": None}
     assert to_records([pair], "rows")[0][0].rejected is None
-    for wrong in ({"prompt": "Hi", "completion": []}, {"prompt": "Hi", "response": {"text": "Hello!"}},
-                  {"messages": [*user("Hi"), {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}):
+    for wrong in ({"prompt": "Hi", "completion": [3]}, {"prompt": "Hi", "response": {"text": "Hello!"}},
+                  {"messages": [*user("Hi"), {"role": "assistant", "content": 3}]}):
         with pytest.raises(UsageError, match="row 1: text is needed"):
             to_records([wrong], "rows")
 
@@ -263,7 +264,7 @@ def test_rows_may_leave_out_what_they_lack():
     pairs = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(4)]
     odd = [{"prompt": "a", "chosen": "yes"}, {"prompt": "b", "chosen": None, "rejected": "no"}]
     records, _ = to_records(odd + pairs, "rows")
-    assert [(r.chosen, r.rejected) for r in records] == [("yes", None), ("", "no")] + 4 * [("yes", "no")]
+    assert [(r.chosen, r.rejected) for r in records] == [("yes", None), ("", None)] + 4 * [("yes", "no")]
     assert records[0].columns == {"prompt": "a"}
 
 
@@ -310,7 +311,7 @@ ROWS = {  # one row of every form, and the record it is
     ("question", "answer_0", "answer_1", "score_0", "score_1"):
         ({"question": {"full_text": "Why?"}, "answer_0": "A", "answer_1": "B ", "score_0": -0.5, "score_1": 0.5},
          Preference(user("Why?"), "B", "A")),
-    ("history", "human_ref_A", "human_ref_B", "labels"):
+    ("history", "human_ref_a", "human_ref_b", "labels"):
         ({"history": "Why?", "human_ref_A": "A", "human_ref_B": "B", "labels": 0}, Preference(user("Why?"), "B", "A")),
     ("instruction", "output"):
         ({"instruction": "Say hi", "input": "", "output": "hi"}, Preference(user("Say hi"), "hi", None)),
@@ -319,6 +320,51 @@ ROWS = {  # one row of every form, and the record it is
     ("prompt", "completion"):
         ({"prompt": user("Hi"), "completion": assistant("Hello!")}, Preference(user("Hi"), "Hello!", None)),
     ("question", "answer"): ({"question": "1 + 1?", "answer": "2"}, Preference(user("1 + 1?"), "2", None)),
+    ("conversations", "chosen", "rejected"):
+        ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Hello!"},
+          "rejected": {"from": "gpt", "value": "Go."}}, Preference(user("Hi"), "Hello!", "Go.")),
+    ("question", "chosen", "rejected"):
+        ({"question": "Hi", "system": "Be kind.", "chosen": "Hello!", "rejected": "Go."},
+         Preference([{"role": "system", "content": "Be kind."}] + user("Hi"), "Hello!", "Go.")),
+    ("input", "chosen", "rejected"):
+        ({"input": "Hi", "system": "", "chosen": "Hello!", "rejected": "Go."}, Preference(user("Hi"), "Hello!", "Go.")),
+    ("prompt", "response_0", "response_1", "better_response_id"):
+        ({"prompt": "Hi", "response_0": "Go.", "response_1": "Hello!", "better_response_id": 1},
+         Preference(user("Hi"), "Hello!", "Go.")),
+    ("prompt", "response_1", "response_2", "preference_strength"):
+        ({"prompt": "Hi", "response_1": "Go.", "response_2": "Hello!", "preference_strength": 2},
+         Preference(user("Hi"), "Hello!", "Go.")),
+    ("context", "response1", "response2", "overall_preference"):
+        ({"context": user("Hi") + assistant("Yes?") + user("Why?"), "response1": "So.", "response2": "No.",
+          "overall_preference": -1}, Preference(user("Hi") + assistant("Yes?") + user("Why?"), "So.", "No.")),
+    ("conversation_a", "conversation_b", "winner"):
+        ({"conversation_a": user("Hi") + assistant("Go."), "conversation_b": user("Hi") + assistant("Hello!"),
+          "winner": "model_b"}, Preference(user("Hi"), "Hello!", "Go.")),
+    ("instruction", "completions"):
+        ({"instruction": "Hi", "completions": [{"response": "Go.", "fine-grained_score": 1.5, "overall_score": 9},
+                                               {"response": "Hello!", "fine-grained_score": 4.0, "overall_score": 2}]},
+         Preference(user("Hi"), "Hello!", "Go.")),
+    ("instruction", "chosen_response", "rejected_response"):
+        ({"instruction": "Hi", "chosen_response": "Hello!", "rejected_response": "Go."},
+         Preference(user("Hi"), "Hello!", "Go.")),
+    ("query", "positive_passages", "negative_passages"):
+        ({"query": "Hi", "positive_passages": [{"text": "Hello!"}], "negative_passages": [{"text": "Go."}]},
+         Preference(user("Hi"), "Hello!", "Go.")),
+    ("instruction", "response"):
+        ({"instruction": "Add", "context": "1 + 1", "response": "2"}, Preference(user("Add\n\n1 + 1"), "2", None)),
+    ("conversations",):
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
+         Preference(user("Hi"), "Hello!", None)),
+    ("conversation",): ({"conversation": user("Hi") + assistant("Hello!")}, Preference(user("Hi"), "Hello!", None)),
+    ("prompt", "label"):
+        ({"prompt": "USER: Hi ASSISTANT: Yes?</s>USER: Why? ASSISTANT:", "label": "So."},
+         Preference(user("Hi") + assistant("Yes?") + user("Why?"), "So.", None)),
+    ("question", "human_answers"): ({"question": "Hi", "human_answers": ["Hello!", "Go."]},
+                                    Preference(user("Hi"), "Hello!", None)),
+    ("questions", "paragraph"): ({"questions": ["Hi", "Why?"], "paragraph": "Hello!"},
+                                 Preference(user("Hi"), "Hello!", None)),
+    ("question", "response"): ({"question": "1 + 1?", "system_prompt": "Add.", "response": "2"},
+                               Preference([{"role": "system", "content": "Add."}] + user("1 + 1?"), "2", None)),
     ("prompt",): ({"prompt": "Hi"}, Preference(user("Hi"), "", None)),
 }
 
@@ -327,7 +373,7 @@ ROWS = {  # one row of every form, and the record it is
 def test_every_form(tmp_path, needed):
     row, record = ROWS[needed]
     assert to_records(read_source(write_jsonl(tmp_path / "rows.jsonl", [row, {**row, "and": "a column more"}]))[0],
-                      "rows") == ([record, record], 0)
+                      "rows") == ([record, record], {})
 
 
 PAIRS = [{"prompt": f"Why {i}?\nÄ \u2028 \"x\", y", "chosen": f"So {i}.", "rejected": "No."}
@@ -392,26 +438,32 @@ def test_labels_and_scores_of_a_csv_are_numbers():
     {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b", "score_0": 0, "score_1": 0},  # a tie
     {"messages": user("q")}, {"messages": []}, {"messages": assistant("x")}])
 def test_rows_that_teach_nothing_are_counted(row):
-    assert to_records([row], "here") == ([], 1)
+    records, dropped = to_records([row], "here")
+    assert records == [] and list(dropped.values()) == [[1]]
 
 
 @pytest.mark.parametrize("row", [
     {"prompt": None, "response": "x"}, {"prompt": "q", "response": 3}, {"prompt": ["text"], "response": "x"},
     {"messages": ["text", {"role": "assistant", "content": "x"}]},
-    {"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "x"}]},
     {"messages": [{"role": "user", "content": None}, {"role": "assistant", "content": "x"}]},
     {"prompt": 3, "response": "x"}, {"prompt": "q", "response": "x", "hold_out_as": 3},
     {"prompt": "half of a pair: \ud83d", "response": "x"}, {"prompt": "q", "response": "\udc00"}])
-def test_rows_that_do_not_hold_text_are_named(row):
+def test_rows_that_do_not_hold_text_cost_themselves_alone(row):
     good = {"prompt": "q", "response": "x"} if "prompt" in row else {"messages": user("q") + assistant("x")}
-    with pytest.raises(UsageError, match="rows.jsonl, row 2"):
-        to_records([good, row], "rows.jsonl")
+    records, dropped = to_records([good, row, good], "rows.jsonl")
+    assert len(records) == 2 and dropped == {data.CANNOT_BE_READ: [2]}
+    for rows, warned in ((3, "warning: "), (100, "")):
+        lines = []
+        data.say_dropped("rows.jsonl", rows, dropped, lines.append)
+        assert lines == [f"data: {warned}rows.jsonl: 1 rows that cannot be read left out (row 2)"]
+    with pytest.raises(UsageError, match="rows.jsonl, row 1: "):  # where there is nothing else
+        to_records([row, row], "rows.jsonl")
 
 
 def test_rows_that_hold_no_number_are_named():
     good = {"history": "Why?", "human_ref_A": "A", "human_ref_B": "B", "labels": 0}
-    with pytest.raises(UsageError, match="rows.jsonl, row 2"):
-        to_records([good, {**good, "labels": math.inf}], "rows.jsonl")
+    records, dropped = to_records([good, {**good, "labels": math.inf}], "rows.jsonl")
+    assert len(records) == 1 and dropped == {data.CANNOT_BE_READ: [2]}
 
 
 @pytest.mark.parametrize("name, content, named", [
@@ -433,10 +485,10 @@ def test_files_that_cannot_be_read_are_named_with_their_row(tmp_path, name, cont
 def test_dialogues():
     text = "\n\nHuman: Hi\n\nAssistant: Hello!\nHow are you?\n\nHuman: Fine.\n\nAssistant:"
     assert parse_dialogue(text) == user("Hi") + assistant("Hello!\nHow are you?") + user("Fine.") + assistant("")
-    assert as_messages(text) == parse_dialogue(text)[:-1], "the open turn is the template's to write"
+    assert as_prompt(text) == parse_dialogue(text)[:-1], "the open turn is the template's to write"
     assert parse_dialogue("Human beings: what are they?") == user("Human beings: what are they?")
     assert parse_dialogue("Human: hi") == user("hi"), "as it stands where line ends were stripped"
-    assert (as_messages([{"role": "system", "content": "Be kind."}] + user("Hi"))
+    assert (as_prompt([{"role": "system", "content": "Be kind."}] + user("Hi"))
             == [{"role": "system", "content": "Be kind."}] + user("Hi"))
 
 
@@ -463,7 +515,7 @@ def test_real_hh_dialogues():
     """
     rows = read_source(str(SHARED / "hh_rlhf" / "harmless-base" / "test.jsonl.gz"))[0]
     records, unusable = to_records(rows, "hh")
-    assert len(rows) == 2312 and unusable < 60
+    assert len(rows) == 2312 and sum(map(len, unusable.values())) < 60
     squeeze = lambda text: "".join(text.split())
     whole = {squeeze(row["chosen"]) for row in rows}
     spell = {"user": "\n\nHuman:", "assistant": "\n\nAssistant:"}
