@@ -30,7 +30,7 @@ class Example(NamedTuple):
 
 
 class Unusable(Exception):
-    """A row that holds no example; its message says why, in the words of a count: "a tie"."""
+    """A row that holds no example; its message says why, in words that follow "12 rows": "that are ties"."""
 
 
 # -----------------------------------------------------------------------------
@@ -134,39 +134,41 @@ def speeches(messages):
     return [(one["role"], one["content"].strip()) for one in messages]
 
 
-def example(prompt, chosen, rejected=None):
+def whole_dialogue(prompt, answer):
     """
-    prompt            messages
-    chosen, rejected  what as_turns takes. A list may go on from the prompt, or repeat it, or be
-                      the whole dialogue of which the prompt's column holds only a part
+    prompt  messages
+    answer  what as_turns takes. A list may go on from the prompt, repeat it, or be the whole
+            dialogue of which the prompt's column holds only a part
     """
-    chosen = as_turns(chosen)
-    rejected = as_turns(rejected)
-    if len(chosen) > 1 and chosen[0]["role"] != "assistant":
-        has_system = chosen[0]["role"] == "system"
-        prompt = [one for one in prompt if one["role"] == "system" and not has_system]
-    dialogue = prompt + chosen
-    if not chosen:
+    turns = as_turns(answer)
+    if not turns:
         raise Unusable("without an answer")
+    repeats_prompt = len(turns) > 1 and turns[0]["role"] != "assistant"
+    if repeats_prompt and turns[0]["role"] == "system":
+        prompt = []
+    elif repeats_prompt:
+        prompt = [one for one in prompt if one["role"] == "system"]
+    dialogue = prompt + turns
     if dialogue[-1]["role"] != "assistant":
         raise Unusable("whose last turn is not the assistant's")
-    if not rejected:
-        return Example(dialogue[:-1], dialogue[-1], None)
+    return dialogue
 
-    if len(rejected) > 1 and rejected[0]["role"] != "assistant":
-        prompt = [one for one in prompt if one["role"] == "system" and rejected[0] != one]
-    other = prompt + rejected
-    if other[-1]["role"] != "assistant":
-        raise Unusable("whose last turn is not the assistant's")
-    if speeches(dialogue[:-1]) != speeches(other[:-1]):
+
+def example(prompt, chosen, rejected=None):
+    """A prompt (messages) and its answers, see whole_dialogue, -> Example."""
+    better = whole_dialogue(prompt, chosen)
+    if not rejected:
+        return Example(better[:-1], better[-1], None)
+    worse = whole_dialogue(prompt, rejected)
+    if speeches(better[:-1]) != speeches(worse[:-1]):
         raise Unusable("whose two dialogues differ before the last answer")
-    return Example(dialogue[:-1], dialogue[-1], other[-1])
+    return Example(better[:-1], better[-1], worse[-1])
 
 
 def better_first(row, first, second, first_is_better):
     """The row's columns `first` and `second` as (chosen, rejected); None: neither is better."""
     if first_is_better is None:
-        raise Unusable("a tie")
+        raise Unusable("that are ties")
     return (row[first], row[second]) if first_is_better else (row[second], row[first])
 
 
@@ -267,7 +269,7 @@ def from_arena(row):
     """lmsys/chatbot_arena_conversations: two dialogues and the winner."""
     winner = row["winner"]
     if not winner.startswith("model_"):
-        raise Unusable("a tie")
+        raise Unusable("that are ties")
     columns = ("conversation_a", "conversation_b")
     return example([], *better_first(row, *columns, winner == "model_a"))
 
@@ -420,7 +422,7 @@ def join_ratings(rows, source):
         group.sort(key=lambda numbered: -float(numbered[1]["helpfulness"]))
         (number, best), (_, worst) = group[0], group[-1]
         if len(group) > 1 and float(best["helpfulness"]) == float(worst["helpfulness"]):
-            joined.append((number, Unusable("a tie")))
+            joined.append((number, Unusable("that are ties")))
             continue
         rejected = worst["response"] if len(group) > 1 else None
         joined.append((number, {**best, "prompt": helpsteer_prompt(best["prompt"]),
@@ -441,7 +443,7 @@ def join_labels(rows, source):
             rejected = bad[place][1]["completion"] if place < len(bad) else None
             joined.append((number, {**row, "chosen": row["completion"], "rejected": rejected}))
         for number, _ in bad[len(good):]:
-            joined.append((number, Unusable("a bad answer without a good one")))
+            joined.append((number, Unusable("with a bad answer alone")))
     return joined
 
 

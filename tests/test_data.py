@@ -376,6 +376,133 @@ def test_every_form(tmp_path, needed):
                       "rows") == ([record, record], {})
 
 
+def test_a_tree_of_messages_is_pairs_of_its_ranked_answers():
+    def row(name, parent, role, text, rank=None, **others):
+        return {"message_id": name, "parent_id": parent, "role": role, "text": text, "rank": rank, **others}
+
+    rows = [row("q", None, "prompter", "Hi"), row("a", "q", "assistant", "Hello?", 1), row("b", "q", "assistant", "Hello!", 0),
+            row("c", "q", "assistant", "Go.", 2), row("d", "q", "assistant", "Spam", None, deleted=True),
+            row("e", "b", "prompter", "Why?"), row("f", "e", "assistant", "So.", None), row("g", None, "prompter", "Anyone?")]
+    records, dropped = to_records(rows, "tree")
+    assert records == [Preference(user("Hi"), "Hello!", "Go."),
+                       Preference(user("Hi") + assistant("Hello!") + user("Why?"), "So.", None)]
+    assert [record.origin for record in records] == ["tree, row 1", "tree, row 6"]
+    assert dropped == {"without an answer": [8]}
+
+
+def test_rated_answers_to_one_prompt_are_a_pair():
+    """HelpSteer2: as ties where the ratings are equal; earlier turns stand in the prompt."""
+    def row(prompt, response, helpfulness):
+        return {"prompt": prompt, "response": response, "helpfulness": helpfulness, "coherence": 4}
+
+    several = "Hi<extra_id_1>Assistant\nHello!\n<extra_id_1>User\nWhy?"
+    rows = [row("Hi", "Go.", 1), row("Hi", "Hello!", 4), row(several, "So.", 3), row(several, "No.", "2"),
+            row("Tie", "a", 2), row("Tie", "b", 2)]
+    records, dropped = to_records(rows, "rated")
+    assert records == [Preference(user("Hi"), "Hello!", "Go."),
+                       Preference(user("Hi") + assistant("Hello!") + user("Why?"), "So.", "No.")]
+    assert dropped == {"that are ties": [5]}
+
+
+def test_good_and_bad_answers_apart_are_pairs():
+    rows = [{"prompt": "Hi", "completion": "Go.", "label": False}, {"prompt": "Hi", "completion": "Hello!", "label": True},
+            {"prompt": "Why?", "completion": "So.", "label": True}, {"prompt": "What?", "completion": "That.", "label": False}]
+    records, dropped = to_records(rows, "apart")
+    assert records == [Preference(user("Hi"), "Hello!", "Go."), Preference(user("Why?"), "So.", None)]
+    assert dropped == {"with a bad answer alone": [4]}
+
+
+def test_answers_in_languages():
+    row = {"query": "one?", "queries": {"en": "one?", "zh_cn": "一?", "ja": "いち?"},
+           "answers": {"en": [{"text": "1"}], "zh_cn": [{"text": "一"}], "ja": [{"text": None}]}}
+    assert records_of([row]) == [Preference(user("one?"), "1", None)]
+    assert to_records([row, row], "mkqa-Chinese.jsonl")[0][0] == Preference(user("一?"), "一", None)
+    assert to_records([row, {**row, "answers": {**row["answers"], "ja": [{"text": "1"}]}}],
+                      "mkqa-Japanese")[1] == {"without an answer": [1]}
+
+
+def test_a_dialogue_in_the_answers_columns_reaches_the_record():
+    """Whether `prompt` holds its beginning, the last question or a text beside it; system turns stay."""
+    system = [{"role": "system", "content": "Be kind."}]
+    turns = user("Hi") + assistant("Hello!") + user("Why?")
+    wanted = Preference(system + turns, "So.", "No.")
+    for prompt, before in ((system + turns, []), (system + user("Hi"), assistant("Hello!") + user("Why?")),
+                           ("Why?", system + turns), (system + turns, system + turns), (system + user("Why?"), turns)):
+        row = {"prompt": prompt, "chosen": before + assistant("So."), "rejected": before + assistant("No.")}
+        assert records_of([row]) == [wanted], prompt
+    other = {"prompt": "Hi", "chosen": user("Hi") + assistant("a"), "rejected": user("Ho") + assistant("b")}
+    assert to_records([other], "rows") == ([], {"whose two dialogues differ before the last answer": [1]})
+
+
+def test_a_question_may_quote_a_dialogue():
+    quoting = "Summarise this chat:\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye"
+    for text in (quoting, "Human: a definition?"):
+        assert records_of([{"prompt": text, "response": "x"}])[0].prompt == user(text)
+    open_dialogue = "Be kind.\n\nHuman: hi\n\nAssistant:"
+    assert [m["role"] for m in records_of([{"prompt": open_dialogue, "response": "x"}])[0].prompt] == ["system", "user"]
+
+
+def test_tools_reasoning_and_content_parts_reach_the_template(tokenizer):
+    """They are rendered as Hugging Face renders the row's own messages."""
+    template = ("{% if tools %}{{ tools[0].function.name }} {% endif %}{% for m in messages %}[{{ m.role }}] "
+                "{% if m.role == 'assistant' %}<{{ m.reasoning_content }}>{% for c in m.tool_calls or [] %}"
+                "{{ c.function.name }}{% endfor %}{% endif %}{{ m.content }}"
+                "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %}[assistant] {% endif %}")
+    tokenizer = load_tokenizer("tiny", template)
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "weather"}}]}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "is it wet?"}]}, call,
+                {"role": "tool", "content": "it is wet"}, {"role": "assistant", "content": "yes", "reasoning_content": "wet"}]
+    shown = [user("is it wet?")[0], {**call, "content": ""}, *messages[2:]]
+    expected = tokenizer.apply_chat_template(shown, tools=tools, tokenize=False)
+    for given in (tools, json.dumps(tools)):
+        records = records_of([{"messages": messages, "tools": given}])
+        [item] = encode_records(records, tokenizer, 1, 500, log=quiet)
+        assert tokenizer.decode(item["input_ids"]) == tokenizer.decode(tokenizer(expected, add_special_tokens=False).input_ids)
+        assert tokenizer.decode(item["input_ids"][:item["prompt_len"]]).rstrip().endswith("[assistant]")
+        [prompt] = encode_records(records, tokenizer, 3, 500, log=quiet)
+        assert prompt["input_ids"].tolist() == item["input_ids"][:item["prompt_len"]].tolist()
+    image = {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, *assistant("A cat.")]}
+    assert to_records([image], "rows") == ([], {"with an image or sound": [1]})
+
+
+def test_columns_may_be_given_other_names(tmp_path):
+    rows = [{"Query": f"q{i}", "Best": f"good {i}", "Worst": "bad", "n": 3} for i in range(20)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UsageError, match="Best, Query, Worst, n, and no form reads them.*--columns prompt="):
+        load_records(DataConfig(data_path=[path]), 2, log=quiet)
+    names = ["prompt=Query", "chosen=Best", "rejected=Worst"]
+    train, _ = load_records(DataConfig(data_path=[path], columns=names, data_split="0,1,0"), 2, log=quiet)
+    assert len(train) == 18 and train[0].chosen.startswith("good") and train[0].columns["n"] == 3
+    for wrong in ("prompt", "prompt=Quest"):
+        with pytest.raises(UsageError, match=f"--columns {wrong}: .*Best, Query, Worst"):
+            load_records(DataConfig(data_path=[path], columns=[wrong]), 2, log=quiet)
+
+
+def test_rows_of_two_sources_are_dealt_once(tmp_path):
+    rows = [{"prompt": f"q{i}", "response": "x"} for i in range(100)]
+    first, second = (write_jsonl(tmp_path / name, part) for name, part in (("a.jsonl", rows[:60]), ("b.jsonl", rows[20:])))
+    lines = []
+    train, held = load_records(DataConfig(data_path=[first, second], data_split="1,0,0"), 1, log=lines.append)
+    asked = [record.prompt[0]["content"] for record in train + held]
+    assert len(asked) == len(set(asked)) == 100
+    assert "40 rows left out, which an earlier source has too" in "".join(lines)
+
+
+def test_records_are_written_as_they_were_read(tmp_path, capsys):
+    rows = [{"prompt": "Hi", "chosen": "Hello!", "rejected": "Go."}, {"prompt": "Hi", "chosen": "a", "rejected": "a"},
+            {"prompt": [{"role": "system", "content": "Be kind."}, *user("Why?")], "chosen": "So.", "rejected": None}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "out.jsonl"
+    data.write_records(data.Config(data_path=[path], write_records=str(out)))
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {"prompt": user("Hi"), "chosen": "Hello!", "rejected": "Go."},
+        {"prompt": rows[2]["prompt"], "chosen": "So.", "rejected": None}]
+    assert "1 rows with two equal answers left out (row 2)" in capsys.readouterr().out
+    assert records_of(read_source(str(out))[0]) == records_of(rows)
+
+
 PAIRS = [{"prompt": f"Why {i}?\nÄ \u2028 \"x\", y", "chosen": f"So {i}.", "rejected": "No."}
          for i in range(3)]  # U+2028 is a line end to str.splitlines
 
