@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -88,49 +89,117 @@ def read_file(path):
                      "three .gz too).")
 
 
-def read_folder(folder):
-    """-> (rows of the files named train*, rows of those named test*, eval* or valid*, or None)."""
-    train = []
-    test = []
-    for rows, starts in ((train, "train"), (test, ("test", "eval", "valid"))):
-        for path in sorted(Path(folder).iterdir()):
-            if path.name.startswith(starts):
-                rows.extend(read_file(str(path)))
-    if not train:
-        raise UsageError(f"{folder}: a folder needs files whose names start with train (and, "
-                         "optionally, test): train.jsonl, test.jsonl. Or name the files "
-                         "themselves.")
+def read_folder(folder, split):
+    """
+    -> (rows of the files of a split, rows of its test files, or None). Files are train.jsonl, or
+    shards of it such as train_01.jsonl; test files begin with test, eval or valid.
+
+    split  "train" where the source names none; else train_prefs, say, tested on test_prefs
+    """
+    files = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and path.name.startswith(("train", "test", "eval", "valid")):
+            files.setdefault(split_of_file(path.name), []).append(str(path))
+    train_splits = [name for name in files if name.startswith("train")]
+    wanted = split or "train"
+    if wanted not in files and split is None and len(train_splits) == 1:
+        wanted = train_splits[0]
+    if wanted not in files or split is None and len(train_splits) > 1:
+        if not files:
+            raise UsageError(f"{folder}: a folder needs files whose names start with train (and, "
+                             "optionally, test): train.jsonl, test.jsonl. Or name the files "
+                             "themselves.")
+        raise UsageError(f"{folder} holds the splits {', '.join(files)}; say which one is meant, "
+                         f"{folder}:{(train_splits or list(files))[0]} say.")
+    tests = [f"{start}{wanted.removeprefix('train')}"
+             for start in ("test", "eval", "valid", "validation") if wanted.startswith("train")]
+    test_files = [path for name in tests for path in files.get(name, [])]
+    train = [row for path in files[wanted] for row in read_file(path)]
+    test = [row for path in test_files for row in read_file(path)]
     return train, test or None
 
 
-def read_dataset(name):
-    """A hub name, or a folder of datasets' save_to_disk -> (rows, test rows or None)."""
-    from datasets import load_dataset, load_from_disk
+def split_of_file(name):
+    """train-00000-of-00002.parquet, train_01.jsonl, train.json.gz -> train."""
+    stem = name.split(".")[0]
+    return re.sub(r"([-_]?\d+([-_]of[-_]\d+)?)$", "", stem)
+
+
+def read_dataset(name, config, split, revision):
+    """
+    A data set that `datasets` reads -> (rows, test rows or None).
+
+    name  on the hub; or a folder: a clone of a hub's repository, or of save_to_disk
+    """
+    import datasets
+    saved = os.path.exists(os.path.join(name, "state.json"))
+    saved_splits = os.path.exists(os.path.join(name, "dataset_dict.json"))
     try:
-        dataset = load_from_disk(name) if os.path.isdir(name) else load_dataset(name)
+        if saved:
+            return datasets.load_from_disk(name).to_list(), None
+        if saved_splits:
+            dataset = datasets.load_from_disk(name)
+        else:
+            # A single word behind the colon is a config where there is one of that name.
+            if split and config is None and "/" not in split:
+                if split in datasets.get_dataset_config_names(name, revision=revision):
+                    config, split = split, None
+            dataset = load_from_hub(name, config, revision)
     except Exception as error:  # of any kind, because the hub's client raises many
-        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UsageError(f"{name} is neither a local file or folder nor a dataset that could be "
-                         f"fetched from the hub ({reason}).") from error
-    if "train" not in dataset:
-        raise UsageError(f"{name} has no split named train, only {', '.join(dataset)}.")
-    for split in ("test", "validation", "eval"):
-        if split in dataset:
-            return dataset["train"].to_list(), dataset[split].to_list()
-    return dataset["train"].to_list(), None
+                         f"fetched from the hub ({reason}). Where a set has several configs or "
+                         "splits, name:config/split@revision says which is meant.") from error
+
+    wanted = split or "train"
+    if wanted not in dataset:
+        raise UsageError(f"{name} has the splits {', '.join(dataset)}, and no {wanted}; say which "
+                         f"one is meant, {name}:{config + '/' if config else ''}{list(dataset)[0]} "
+                         "say.")
+    for test in ("test", "validation", "eval"):
+        test_split = wanted.replace("train", test)
+        if test_split != wanted and test_split in dataset:
+            return dataset[wanted].to_list(), dataset[test_split].to_list()
+    return dataset[wanted].to_list(), None
+
+
+def load_from_hub(name, config, revision):
+    """The set's splits. `datasets` runs no loading scripts, so theirs come from the hub's copy."""
+    import datasets
+    try:
+        return datasets.load_dataset(name, config, revision=revision)
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        return datasets.load_dataset(name, config, revision="refs/convert/parquet")
 
 
 def read_source(source):
-    """--data_path entry -> (rows, test rows, or None where the source has no test split)."""
+    """
+    --data_path entry -> (rows, test rows, or None where the source has no test split). An entry is
+    toy, a file, a folder or a hub's name; of the last two `name:config/split@revision` says more.
+    """
     if source == "toy":
         return toy_rows(), None
     if os.path.isfile(source):
         return read_file(source), None
-    if os.path.isdir(source):
-        saved_by_datasets = os.path.exists(os.path.join(source, "dataset_dict.json"))
-        return read_dataset(source) if saved_by_datasets else read_folder(source)
+    name, config, split, revision = source, None, None, None
+    if not os.path.exists(source):
+        name, _, revision = source.partition("@")
+        name, _, part = name.partition(":")
+        config, _, split = part.rpartition("/")
+        config, split, revision = config or None, split or None, revision or None
+    if os.path.isdir(name):
+        is_saved = any(os.path.exists(os.path.join(name, file))
+                       for file in ("dataset_dict.json", "state.json"))
+        has_files = any(file.startswith("train") for file in os.listdir(name))
+        is_clone = not has_files and any(os.path.exists(os.path.join(name, file))
+                                         for file in ("README.md", "data"))
+        if is_saved or is_clone:
+            return read_dataset(name, config, split, revision)
+        return read_folder(name, split)
     endings = (".json", ".jsonl", ".gz", ".csv", ".parquet")
     if source.startswith((".", "/", "~")) or source.endswith(endings):
         raise UsageError(f"{source} does not exist. --data_path takes toy, a file, a folder or a "
                          "dataset's hub name.")
-    return read_dataset(source)
+    return read_dataset(name, config, split, revision)

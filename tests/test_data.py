@@ -11,6 +11,7 @@ import random
 import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -548,6 +549,99 @@ def test_a_folder_with_train_and_test_files(tmp_path):
     texts = lambda records: {record.prompt[0]["content"] for record in records}
     assert (texts(train) == {f"q{i}" for i in range(20)}
             and texts(held) == {f"q{i}" for i in range(20, 30)}), "nothing of train is held out"
+
+
+# -----------------------------------------------------------------------------
+# folders and hub names
+
+def write_splits(folder, **splits):
+    """Parquet files named as the hub's are."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, texts in splits.items():
+        datasets.Dataset.from_list([{"prompt": text, "response": "x"} for text in texts]).to_parquet(
+            folder / f"{split}-00000-of-00001.parquet")
+
+
+def prompts_of(rows):
+    return None if rows is None else [row["prompt"] for row in rows]
+
+
+def read_prompts(source):
+    train, test = read_source(str(source))
+    return prompts_of(train), prompts_of(test)
+
+
+def test_named_splits_of_a_clone(tmp_path):
+    """HuggingFaceH4/ultrafeedback_binarized: train_prefs, train_sft; its repository as a folder, and its files alone."""
+    write_splits(tmp_path / "uf" / "data", train_prefs="ab", train_sft="cd", test_prefs="e", test_sft="f")
+    (tmp_path / "uf" / "README.md").write_text("---\nlicense: mit\n---\nwords\n")
+    for folder in (tmp_path / "uf", tmp_path / "uf" / "data"):
+        assert read_prompts(f"{folder}:train_prefs") == (["a", "b"], ["e"])
+        assert read_prompts(f"{folder}:train_sft") == (["c", "d"], ["f"])
+        with pytest.raises(UsageError, match=f"has the splits|holds the splits.*{folder}:"):
+            read_source(str(folder))
+        with pytest.raises(UsageError, match="train_prefs"):
+            read_source(f"{folder}:train_nothing")
+
+
+def test_one_named_split_needs_no_name(tmp_path):
+    write_splits(tmp_path, train_sft="ab", test_sft="c")
+    assert read_prompts(tmp_path) == (["a", "b"], ["c"])
+
+
+def test_configs_of_a_clone(tmp_path):
+    """openai/gsm8k: its README names configs, one of which must be chosen."""
+    write_splits(tmp_path / "main", train="ab", test="c")
+    write_splits(tmp_path / "socratic", train="de")
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n" for name in ("main", "socratic")
+    ).replace("path: main/train-*\n", "path: main/train-*\n  - split: test\n    path: main/test-*\n") + "---\n")
+    assert read_prompts(f"{tmp_path}:main") == (["a", "b"], ["c"])
+    assert read_prompts(f"{tmp_path}:socratic") == read_prompts(f"{tmp_path}:socratic/train") == (["d", "e"], None)
+    assert read_prompts(f"{tmp_path}:main/test") == (["c"], None)
+    with pytest.raises(UsageError, match="main.*socratic.*name:config"):
+        read_source(str(tmp_path))
+
+
+def test_folders_that_datasets_saved_by_any_path(tmp_path, monkeypatch):
+    dataset = datasets.Dataset.from_list([{"prompt": "a", "response": "x"}])
+    dataset.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "two")
+    monkeypatch.chdir(tmp_path)
+    for folder in (str(tmp_path / "one"), "./one", "one"):
+        assert read_prompts(folder) == (["a"], None)
+    for folder in (str(tmp_path / "two"), "./two", "two"):
+        assert read_prompts(folder) == (["a"], ["a"])
+
+
+def test_a_hub_name_with_config_split_and_revision(tmp_path, monkeypatch):
+    """The real load_dataset, led to a folder where the hub would be; a loading script's set through its Parquet copy."""
+    write_splits(tmp_path / "copy" / "data", train="ab", test="c")
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("import datasets\n")
+    real, asked = datasets.load_dataset, []
+
+    def load_dataset(name, config=None, revision=None):
+        asked.append((name, config, revision))
+        is_copy = name == "org/plain" or revision == "refs/convert/parquet"
+        return real(str(tmp_path / ("copy" if is_copy else "scripted")), config)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name, revision=None: ["default"])
+    assert read_prompts("org/scripted") == (["a", "b"], ["c"])
+    assert asked == [("org/scripted", None, None), ("org/scripted", None, "refs/convert/parquet")]
+    assert read_prompts("org/plain:default/train@v1.0") == (["a", "b"], ["c"])
+    assert read_prompts("org/plain:test") == (["c"], None)
+    assert read_prompts("org/plain:default") == (["a", "b"], ["c"])
+    assert asked[2:] == [("org/plain", "default", "v1.0"), ("org/plain", None, None), ("org/plain", "default", None)]
+
+
+def test_shards_are_one_split(tmp_path):
+    for number, name in enumerate(("train_1.jsonl", "train-2.jsonl", "train10.jsonl", "train-00000-of-00002.jsonl.gz")):
+        text = json.dumps({"prompt": str(number), "response": "x"})
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(text.encode())) if name.endswith(".gz") else path.write_text(text)
+    assert sorted(read_prompts(tmp_path)[0]) == ["0", "1", "2", "3"]
 
 
 def test_labels_and_scores_of_a_csv_are_numbers():
