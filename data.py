@@ -12,10 +12,9 @@ ends; it is never searched for.
 
 Sources (`--data_path`, one or more): `toy` (the built-in task, support/toy.py), a local .json,
 .jsonl, .csv or .parquet file (the first three .gz too), a folder with train and test files, or a
-dataset's hub name. A source's columns decide how its rows are read (`FORMS`); to add a form, write
-one small function and put it in that list. `--data_split 2,4,4` deals each source's rows to the
-three stages as DeepSpeed-Chat does, so no stage trains on another's rows; one prompt in ten is held
-out from all three.
+dataset's hub name. A source's columns decide how its rows are read (support/forms.py).
+`--data_split 2,4,4` deals each source's rows to the three stages as DeepSpeed-Chat does, so no
+stage trains on another's rows; one prompt in ten is held out from all three.
 
     # one example a stage, the trained tokens marked
     python data.py --data_path toy

@@ -33,9 +33,15 @@ def first_line(error):
 
 @contextmanager
 def exit_on_usage_error():
-    """A UsageError inside ends the program: one sentence on standard error, exit code 2."""
+    """
+    A UsageError inside ends the program: one sentence on standard error, exit code 2. So does a
+    Ctrl-C, with code 130, where nothing else listens to it.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)
     except UsageError as error:
         # Every host prints the sentence once, because only one of them may have the fault.
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -126,7 +132,8 @@ class DataConfig(CheckedConfig):
     max_prompt_seq_len: int = flag(256, "tokens of a prompt to answer; longer: dropped", at_least=1)
     max_answer_seq_len: int = flag(256, "tokens of a generated answer", at_least=1)
     chat_template: str = flag("", "Jinja text or file; default: the model's, or Human/Assistant")
-    seed: int = flag(1234, "of split, order, initial weights and sampling")
+    seed: int = flag(1234, "of split, order, initial weights and sampling", at_least=0,
+                     at_most=2**32 - 1)
 
 
 @dataclass

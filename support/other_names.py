@@ -4,6 +4,9 @@ what stands in place of theirs: for the error that an unknown flag gets.
 """
 
 OTHER_NAMES = {
+    "--lr": "--learning_rate; in step 3 --actor_learning_rate and --critic_learning_rate",
+    "--batch_size": "--per_device_train_batch_size",
+    "--epochs": "--num_train_epochs",
     "--beta": "--kl_coef, or --dpo_beta for DPO",                            # T
     "--init_kl_coef": "--kl_coef",                                           # T, O
     "--max_new_tokens": "--max_answer_seq_len",                              # T, H
