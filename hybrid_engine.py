@@ -36,7 +36,7 @@ from kernels.decoder import FAMILIES, Decoder, KVCache, why_unsupported
 from kernels.logprob import token_logprobs
 from kernels.sampling import sample
 from support.flags import UsageError
-from support.processes import device, print0
+from support.processes import device, free_compile_lock, print0
 
 # AdamW's eps is 1e-5, as in InstructGPT's lineage. With 1e-8 Adam's first steps are about +- the
 # learning rate whatever the gradient.
@@ -74,6 +74,7 @@ def train_engine(model, ds_config, config, learning_rate, total_steps):
     # The optimizer, on the host where it is offloaded; the schedule; DeepSpeed around them.
     offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
     if offload != "none":
+        free_compile_lock("cpu_adam")
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(
             groups, lr=learning_rate, betas=ADAM_BETAS, eps=ADAM_EPS)
     else:

@@ -14,6 +14,7 @@ import random
 import socket
 import sys
 import threading
+import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
 
 from support.flags import UsageError, default_model_paths, exit_on_usage_error, parse_config
 
@@ -113,6 +115,25 @@ def start_processes():
     # An hour, because a large save takes longer than the default of ten minutes.
     deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
     watch_hosts()
+
+
+def free_compile_lock(name):
+    """
+    For an op that DeepSpeed compiles when it is first needed, `name`. torch lets one process
+    compile, by a file `lock` in the op's folder, and the others wait. A compile that was killed
+    leaves that file, for which all later runs would wait for ever without a word. So an old one is
+    removed, and one that may be another process's is named.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    for lock in Path(root).glob(f"**/{name}/lock"):
+        with suppress(OSError):  # another process may have removed it
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+            if minutes > 30:
+                lock.unlink()
+                continue
+            print0(f"{lock} says that another process compiles DeepSpeed's {name}, since "
+                   f"{minutes:.0f} minutes. This one waits for it; where none does, delete the "
+                   "file.")
 
 
 def deepspeed_settings(config):

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 import step1_sft
 import step2_reward
 from conftest import ROOT, clean_environment
-from support import checkpoints, metrics, run_all
-from support.flags import UsageError
+from support import checkpoints, metrics, processes, run_all
+from support.flags import UsageError, exit_on_usage_error
 from test_resume import assert_same, checkpoints_of, cut, inputs, result, stop_at, train
 
 
@@ -374,3 +374,25 @@ def test_random_states_are_plain_numbers(older, tmp_path):
     for (_, set_state), state in zip(generators, loaded):
         set_state(state)
     assert numbers() == expected
+
+
+def test_a_compile_that_was_killed_is_not_waited_for(process_group, tmp_path, monkeypatch, capfd):
+    """torch would wait for its lock for ever; a lock that is fresh may be another process's, and stays."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    processes.free_compile_lock("cpu_adam")
+    assert lock.exists() and f"{lock} says that another process compiles" in capfd.readouterr().out
+    hour_ago = time.time() - 3600
+    os.utime(lock, (hour_ago, hour_ago))
+    processes.free_compile_lock("cpu_adam")
+    assert not lock.exists() and not capfd.readouterr().out
+    processes.free_compile_lock("cpu_adam")
+
+
+def test_a_ctrl_c_before_anything_listens_is_a_sentence(capsys):
+    with pytest.raises(SystemExit) as ended, exit_on_usage_error():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert ended.value.code == 130 and "stopped by Ctrl-C" in capsys.readouterr().err
