@@ -49,7 +49,7 @@ from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usa
 from support.forms import FORMS, JOINS, Unusable
 from support.processes import raise_on_all_ranks
 from support.sources import read_source, read_text
-from support.toy import gold_scorer, toy_tokenizer
+from support.toy import load_gold_mark, toy_tokenizer
 
 
 # -----------------------------------------------------------------------------
@@ -880,7 +880,7 @@ class StageData:
     held_count: int           # held-out rows that are evaluated on all ranks together
     held_records: list        # their Preferences, and those of which nothing fits --max_seq_len
     total_steps: int          # of the run
-    scorer: object            # f(record, answer) -> exact mark in [0, 1]; None if there is none
+    gold_mark: object         # f(record, answer) -> exact mark in [0, 1]; None if there is none
     text_batches: object      # iterator of PPO's mixture: load_text_batches; None if there is none
 
 
@@ -929,7 +929,7 @@ def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
         text_batches = load_text_batches(config, text_set, tokenizer, total_steps * updates,
                                          done * updates, rank, world)
     return StageData(train_loader, held_loader, len(held_set), held_records, total_steps,
-                     gold_scorer(config), text_batches)
+                     load_gold_mark(config), text_batches)
 
 
 def warn_of_other_dealing(config, log):

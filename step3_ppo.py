@@ -793,14 +793,14 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(trainer, dataloader, scorer, before=None):
+def evaluate(trainer, dataloader, gold_mark, before=None):
     """
     Answers to the held-out prompts, sampled as in training, with the same noise at every call ->
     Evaluation.
 
-    scorer  f(record, answer) -> exact mark of an answer, or None
-    before  an earlier Evaluation, of the SFT model: win_rate is then the share of prompts whose
-            answer has a higher grade now, a tie counting half
+    gold_mark  f(record, answer) -> exact mark of an answer, or None
+    before     an earlier Evaluation, of the SFT model: win_rate is then the share of prompts whose
+               answer has a higher grade now, a tie counting half
     """
     models = trainer.models
     answered = []
@@ -819,7 +819,7 @@ def evaluate(trainer, dataloader, scorer, before=None):
         kl = (logprobs - ref_logprobs)[counted].sum()
         sums.add(score=float(scores.sum()), kl=float(kl))
         new = [(batch["records"][row], answers[row]) for row in counted]
-        grades += [scorer(*pair) for pair in new] if scorer else scores.tolist()
+        grades += [gold_mark(*pair) for pair in new] if gold_mark else scores.tolist()
         answered += new
 
     # The mean grade is the gold score where grades are exact marks.
@@ -832,18 +832,18 @@ def evaluate(trainer, dataloader, scorer, before=None):
     total = sums.over_ranks()
     count = total["answers"]
     numbers = {"score": total["score"] / count, "kl": total["kl"] / count,
-               "gold": total["grades"] / count if scorer else None,
+               "gold": total["grades"] / count if gold_mark else None,
                "win_rate": total["wins"] / count if before else None}
     return Evaluation(numbers, answered, grades)
 
 
-def mean_gold(scorer, records, answers):
+def mean_gold(gold_mark, records, answers):
     """
     Mean over all ranks of the task's exact marks in [0, 1]; each record has as many answers, in a
     row.
     """
     n = len(answers) // len(records)
-    marks = [scorer(records[i // n], answer) for i, answer in enumerate(answers)]
+    marks = [gold_mark(records[i // n], answer) for i, answer in enumerate(answers)]
     total, count = all_sum(sum(marks), len(marks))
     return total / count
 
@@ -883,7 +883,7 @@ def main(config):
         preflight(trainer, data.train_loader, data.held_records, total_steps)
     # The SFT model answers here, before a checkpoint is loaded, while the actor is the SFT model.
     print0(f"the SFT model answers the {data.held_count} held-out prompts, to compare with")
-    sft_eval = evaluate(trainer, data.held_loader, data.scorer)
+    sft_eval = evaluate(trainer, data.held_loader, data.gold_mark)
     checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
 
     # -------------------------------------------------------------------------
@@ -903,15 +903,15 @@ def main(config):
     for step, prompt_batch in training_steps(data.train_loader, total_steps, checkpoints.done):
         # one PPO step
         experience = trainer.generate_experience(prompt_batch)
-        if data.scorer:
+        if data.gold_mark:
             answers = decode_answers(tokenizer, experience)
-            gold = mean_gold(data.scorer, prompt_batch["records"], answers)
+            gold = mean_gold(data.gold_mark, prompt_batch["records"], answers)
             trainer.metrics["objective/gold"] = gold
         trainer.train_rlhf(experience, data.text_batches)
 
         # what is said about it
         if config.eval_steps and step % config.eval_steps == 0:
-            held = evaluate(trainer, data.held_loader, data.scorer, sft_eval)
+            held = evaluate(trainer, data.held_loader, data.gold_mark, sft_eval)
             for name, value in held.numbers.items():
                 if value is not None:
                     trainer.metrics[f"eval/{name}"] = value
@@ -922,7 +922,7 @@ def main(config):
 
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
-    held = evaluate(trainer, data.held_loader, data.scorer, sft_eval)
+    held = evaluate(trainer, data.held_loader, data.gold_mark, sft_eval)
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
@@ -935,8 +935,8 @@ def main(config):
 
     now = held.numbers
     before = sft_eval.numbers
-    gold_text = f", gold {before['gold']:.3f} -> {now['gold']:.3f}" if data.scorer else ""
-    judge = "gold" if data.scorer else "score"
+    gold_text = f", gold {before['gold']:.3f} -> {now['gold']:.3f}" if data.gold_mark else ""
+    judge = "gold" if data.gold_mark else "score"
     print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {before['score']:.3f} -> "
            f"{now['score']:.3f}, KL {now['kl']:.2f} nats per response{gold_text}; better than the "
            f"SFT model's answer in {now['win_rate']:.0%} by {judge}; saved {folder}")

@@ -30,7 +30,10 @@ class Example(NamedTuple):
 
 
 class Unusable(Exception):
-    """A row that holds no example; its message says why, in words that follow "12 rows": "that are ties"."""
+    """
+    A row that holds no example. Its message says why, in words that follow "12 rows": "that are
+    ties".
+    """
 
 
 # -----------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from hybrid_engine import InferenceEngine
 from support.flags import UsageError
 from support.models import vocabulary_size
 from support.processes import all_sum, mean_over_ranks, print0, to_device
-from support.toy import gold_scorer
+from support.toy import load_gold_mark
 
 # section of summary.json -> folder of the stage's model below --output_dir
 STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}
@@ -174,8 +174,8 @@ def sample_answers(model, tokenizer, records, config, batch_size=64):
     Prompts over --max_prompt_seq_len are left out.
     """
     rank = dist.get_rank()
-    scorer = gold_scorer(config)
-    if not scorer:
+    gold_mark = load_gold_mark(config)
+    if not gold_mark:
         records = records[:3]
 
     # This rank's share of the prompts that are short enough.
@@ -198,9 +198,9 @@ def sample_answers(model, tokenizer, records, config, batch_size=64):
             if weight:  # 0 for a row that is repeated to fill up this rank's share
                 answered.append((record, answer))
     print_answers(answered)
-    if not scorer:
+    if not gold_mark:
         return None
-    return mean_over_ranks([scorer(record, answer) for record, answer in answered])
+    return mean_over_ranks([gold_mark(record, answer) for record, answer in answered])
 
 
 def print_answers(answered):

@@ -153,16 +153,16 @@ def toy_gold(question, answer):
     return 0.25 if answer.endswith(" " + good) else 0.0
 
 
-def gold_scorer(config):
+def load_gold_mark(config):
     """f(record, answer) -> toy_gold in [0, 1] where all data is the toy task's, else None."""
     if config.data_path != ["toy"] or config.sft_data_path:
         return None
 
-    def scorer(record, answer):
+    def gold_mark(record, answer):
         question = record.prompt[-1]["content"]
         return toy_gold(question, answer)
 
-    return scorer
+    return gold_mark
 
 
 # -----------------------------------------------------------------------------

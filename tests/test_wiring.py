@@ -707,7 +707,7 @@ def check_samples(rank, ranks, tokenizer, patch):
             return super().generate(torch.full((len(ids), 1), FIRST_ID), mask, 1, **options)
 
     patch.setattr(metrics, "InferenceEngine", Sampler)
-    patch.setattr(metrics, "gold_scorer", lambda config: lambda record, answer: record.place)
+    patch.setattr(metrics, "load_gold_mark", lambda config: lambda record, answer: record.place)
     records = [types.SimpleNamespace(prompt=[{"role": "user", "content": "Hello!"}], place=place)
                for place in (1.0, 2.0, 4.0, 8.0, 16.0)]
     model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=EOS_IDS))
