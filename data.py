@@ -33,7 +33,7 @@ import socket
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -63,6 +63,7 @@ class Preference:
     # of the chosen answer's message, what templates read beside its text: reasoning_content
     chosen_fields: dict = field(default_factory=dict)
     tools: list | None = None  # that the template tells the model of
+    all_turns: bool = False    # SFT trains on the answers within the prompt too
     # the row's other columns, passed to --reward_fn functions
     columns: dict = field(default_factory=dict, compare=False)
     # the place that errors name: "pairs.jsonl, row 3"
@@ -158,7 +159,9 @@ def convert(row, form):
     tools = row.get("tools")
     if isinstance(tools, str):  # some sets hold them as JSON
         tools = json.loads(tools or "null")
-    record = Preference(found.prompt, chosen, rejected, fields, tools or None, columns)
+    has_answers = any(message["role"] == "assistant" for message in found.prompt)
+    record = Preference(found.prompt, chosen, rejected, fields, tools or None,
+                        found.all_turns and has_answers, columns)
     # Halves of surrogate pairs, which JSON can spell but no tokenizer reads, raise here.
     contents = [message["content"] for message in record.prompt]
     "".join([*contents, chosen, rejected or "", *record.keys]).encode()
@@ -575,12 +578,75 @@ def encode_answers(tokenizer, prompts, answers, tools=None):
 
 
 def sft_items(records, tokenizer):
-    """Stage 1: prompt + chosen answer + EOS."""
+    """
+    Stage 1: prompt + chosen answer + EOS. `spans` are the (first, end) of what is trained on: the
+    answer, and where the record says all_turns those within the prompt too.
+    """
     answers = [{"role": "assistant", "content": record.chosen, **record.chosen_fields}
                for record in records]
     encoded = encode_answers(tokenizer, [record.prompt for record in records], answers,
                              [record.tools for record in records])
-    return [{"input_ids": prompt + answer, "prompt_len": len(prompt)} for prompt, answer in encoded]
+    items = []
+    for record, (prompt, answer) in zip(records, encoded):
+        spans = [(len(prompt), len(prompt) + len(answer))]
+        if record.all_turns:
+            spans = earlier_spans(tokenizer, record, prompt) + spans
+        items.append({"input_ids": prompt + answer, "prompt_len": len(prompt), "spans": spans})
+    return items
+
+
+def earlier_spans(tokenizer, record, prompt_ids):
+    """
+    The (first, end) of every answer within a record's prompt, its EOS included if the template
+    writes one there. An answer stands between two renderings of the dialogue, opened for it and
+    closed behind it, as at its own generation. Where the whole prompt's ids begin otherwise (some
+    templates write earlier turns in another form, Qwen3's without their thoughts), the answer is
+    left untrained. White space at the seams may be part of a token of either side.
+    """
+    answers = [number for number, message in enumerate(record.prompt)
+               if message["role"] == "assistant"]
+    if not answers:
+        return []
+    tools = [record.tools] * len(answers)
+    opened = render(tokenizer, [record.prompt[:number] for number in answers], True, tools)
+    closed = render(tokenizer, [record.prompt[:number + 1] for number in answers], False, tools)
+    all_opened_ids = tokenizer(opened, add_special_tokens=False).input_ids
+    all_closed_ids = tokenizer([text.rstrip() for text in closed],
+                               add_special_tokens=False).input_ids
+    eos = tokenizer.eos_token_id
+    spans = []
+    for opened_ids, closed_ids in zip(all_opened_ids, all_closed_ids):
+        first = count_common(opened_ids, prompt_ids)
+        end = count_common(closed_ids, prompt_ids)
+        lacking = (tokenizer.decode(opened_ids[first:])
+                   + tokenizer.decode(closed_ids[end:], skip_special_tokens=True))
+        if lacking.strip():
+            continue
+        if eos in prompt_ids[first:end]:
+            end = prompt_ids.index(eos, first) + 1
+        spans.append((first, end))
+    return spans
+
+
+def count_common(ids, others):
+    """The number of ids with which both lists begin."""
+    count = 0
+    while count < min(len(ids), len(others)) and ids[count] == others[count]:
+        count += 1
+    return count
+
+
+def without_oldest_turn(record):
+    """
+    A record whose prompt begins a question later, or None if it has only one. What precedes the
+    first question, a system's message, stays.
+    """
+    questions = [number for number, message in enumerate(record.prompt)
+                 if message["role"] == "user"]
+    if len(questions) < 2:
+        return None
+    prompt = record.prompt[:questions[0]] + record.prompt[questions[1]:]
+    return replace(record, prompt=prompt)
 
 
 def pair_items(records, tokenizer):
@@ -640,7 +706,7 @@ def encode_records(records, tokenizer, stage, max_len, log=print):
     """
     Records -> list of items, dicts whose ids are int32 arrays, 4 bytes a token:
 
-    stage 1  input_ids, prompt_len          prompt + chosen + EOS
+    stage 1  input_ids, prompt_len, spans   prompt + chosen + EOS; what is trained on
     stage 2  chosen, rejected, prompt_len   prompt + answer + EOS each
     stage 3  input_ids, record              the prompt alone
 
@@ -654,7 +720,15 @@ def encode_records(records, tokenizer, stage, max_len, log=print):
     names = [record.origin for record in records]
     items = []
     cut = 0
-    for item in encode_rows(make_items, records, names, tokenizer):
+    shortened = 0
+    for record, item in zip(records, encode_rows(make_items, records, names, tokenizer)):
+        # In SFT a dialogue that is too long loses its oldest turns.
+        shorter = record
+        while stage == 1 and item["prompt_len"] + 1 > max_len and shorter is not None:
+            shorter = without_oldest_turn(shorter)
+            if shorter is not None:
+                [item] = make_items([shorter], tokenizer)
+        shortened += shorter is not None and shorter is not record
         # Before training there must be room for one token of the answer; PPO's answers are not part
         # of the item.
         needed = item["prompt_len"] + 1 if stage < 3 else len(item["input_ids"])
@@ -664,6 +738,8 @@ def encode_records(records, tokenizer, stage, max_len, log=print):
         for name, ids in sequences_of(item).items():
             item[name] = np.array(ids[:max_len], np.int32)
         items.append(item)
+    if shortened:
+        log(f"data: {shortened} dialogues lost their oldest turns to fit --max_seq_len {max_len}")
     limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
     dropped = len(records) - len(items)
     log(f"data: {len(items)} examples encoded; {dropped} dropped (prompt over {limit} {max_len}), "
@@ -775,17 +851,21 @@ class Collator:
             records = [item["record"] for item in items]
             return {"input_ids": ids, "attention_mask": mask, "records": records, "weight": weight}
 
-        prompt_lens = [item["prompt_len"] for item in items]
+        # What is trained on: the spans of an item, else all behind its prompt.
+        spans = [item.get("spans", [(item["prompt_len"], None)]) for item in items]
         if self.stage == 1:
             rows = [item["input_ids"] for item in items]
         else:
             rows = [item["chosen"] for item in items] + [item["rejected"] for item in items]
-            prompt_lens = prompt_lens + prompt_lens  # the rejected rows have the same prompts
+            spans = spans + spans  # the rejected rows have the same prompts
         ids, mask = pad(rows, self.pad_token_id, "right")
         loss_mask = mask.float()
         if not self.train_on_prompt:
-            columns = torch.arange(ids.size(1))
-            loss_mask[columns < torch.tensor(prompt_lens)[:, None]] = 0
+            in_span = torch.zeros_like(loss_mask)
+            for row, spans_of_row in enumerate(spans):
+                for first, end in spans_of_row:
+                    in_span[row, first:end] = 1
+            loss_mask *= in_span
         return {"input_ids": ids, "attention_mask": mask, "loss_mask": loss_mask, "weight": weight}
 
 
@@ -1004,9 +1084,15 @@ def show(item, stage, tokenizer):
     """Prints an item of a stage as text, with what is trained on in [[ ]]."""
     if stage == 1:
         ids = item["input_ids"]
-        start = item["prompt_len"]
-        print(f"{tokenizer.decode(ids[:start])}[[{tokenizer.decode(ids[start:])}]]")
-        print(f"({len(ids)} tokens, {len(ids) - start} trained)")
+        text = ""
+        trained = 0
+        shown = 0
+        for first, end in item["spans"]:
+            text += f"{tokenizer.decode(ids[shown:first])}[[{tokenizer.decode(ids[first:end])}]]"
+            trained += len(ids[first:end])
+            shown = end
+        print(text)
+        print(f"({len(ids)} tokens, {trained} trained)")
     elif stage == 2:
         for name, ids in sequences_of(item).items():
             before = tokenizer.decode(ids[:-1])

@@ -1,10 +1,12 @@
 """
 Forms: the rows of the data sets that people have -> examples, as each set means them.
 
-    Example(prompt, chosen, rejected)
+    Example(prompt, chosen, rejected, all_turns)
         prompt            messages, [{"role": "user", "content": "What is 1 + 1?"}]
         chosen, rejected  the assistant's better and worse answer, a message each; None where the
                           row has none
+        all_turns         whether the answers within the prompt are demonstrations too, and not the
+                          dialogue that two answers were given in
 
 A form is a function, row -> Example. `FORMS` names the columns of each, and a source is read by the
 first of them that fits. Where an example takes several rows (a tree of messages, good and bad
@@ -27,6 +29,7 @@ class Example(NamedTuple):
     prompt: list
     chosen: dict | None
     rejected: dict | None
+    all_turns: bool = False
 
 
 class Unusable(Exception):
@@ -334,15 +337,15 @@ def from_instruction(row):
 
 def from_messages(column, row):
     """
-    A whole dialogue, whose last answer is the demonstration: HuggingFaceH4/ultrachat_200k, tulu-3's
-    SFT mixture, OpenAI's and TRL's messages; ShareGPT's conversations.
+    A whole dialogue, all of whose answers are demonstrations: HuggingFaceH4/ultrachat_200k,
+    tulu-3's SFT mixture, OpenAI's and TRL's messages; ShareGPT's conversations.
     """
     dialogue = as_turns(row[column])
     if not dialogue:
         raise Unusable("without an answer")
     if dialogue[0]["role"] != "system":
         dialogue = with_system(row, dialogue)
-    return example([], dialogue)
+    return example([], dialogue)._replace(all_turns=True)
 
 
 def from_columns(prompt, answer, row):

@@ -468,6 +468,59 @@ def test_tools_reasoning_and_content_parts_reach_the_template(tokenizer):
     assert to_records([image], "rows") == ([], {"with an image or sound": [1]})
 
 
+DIALOGUE = user("one?") + assistant("first") + user("two?") + assistant("second") + user("three?") + assistant("third")
+TEMPLATES = {  # template -> what of DIALOGUE is trained on
+    "": ["first</s>", "second</s>", "third</s>"],
+    # no EOS within a dialogue, one behind it
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] "
+    "{% else %}{{ eos_token }}{% endif %}": ["first", "second", "third\n</s>"],
+    # EOS and a line's end
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}": ["first</s>", "second</s>", "third</s>"],
+    # earlier answers are written otherwise than they were given
+    "{% for m in messages %}[{{ m.role }}] {{ m.content if loop.last or m.role == 'user' else 'said' }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}": ["third</s>"]}
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
+def test_all_answers_of_a_demonstrated_dialogue_are_trained_on(template):
+    tokenizer = load_tokenizer("tiny", template)
+    [item] = encode_records(records_of([{"messages": DIALOGUE}]), tokenizer, 1, 500, log=quiet)
+    batch = Collator(1, tokenizer.pad_token_id)([item])
+    rows = batch["input_ids"][0], batch["loss_mask"][0]
+    found, before = [], 0.0
+    for token, trained in zip(*(row.tolist() for row in rows)):
+        if trained and not before:
+            found.append([])
+        if trained:
+            found[-1].append(token)
+        before = trained
+    assert [tokenizer.decode(ids).strip() for ids in found] == TEMPLATES[template]
+    # A pair's dialogue is what two answers were given in, and no demonstration.
+    row = {"prompt": DIALOGUE[:-1], "chosen": "third", "rejected": "no"}
+    [item] = encode_records(records_of([row]), tokenizer, 1, 500, log=quiet)
+    batch = Collator(1, tokenizer.pad_token_id)([item])
+    shown = tokenizer.decode(batch["input_ids"][0][batch["loss_mask"][0].bool()])
+    assert shown.strip() == TEMPLATES[template][-1]
+
+
+def test_too_long_a_dialogue_loses_its_oldest_turns(tokenizer):
+    system = [{"role": "system", "content": "be kind"}]
+    [record] = records_of([{"messages": system + DIALOGUE}])
+    [whole] = encode_records([record], tokenizer, 1, 500, log=quiet)
+    lines = []
+    [item] = encode_records([record], tokenizer, 1, len(whole["input_ids"]) - len(item_answer(tokenizer)) - 1, log=lines.append)
+    text = tokenizer.decode(item["input_ids"])
+    assert "be kind" in text and "one?" not in text and "first" not in text and "two?" in text and "third" in text
+    assert "1 dialogues lost their oldest turns" in lines[0] and len(item["spans"]) == 2
+    with pytest.raises(UsageError, match="all 1 prompts are longer"):
+        encode_records([record], tokenizer, 1, 5, log=quiet)
+
+
+def item_answer(tokenizer):
+    return tokenizer("third</s>", add_special_tokens=False).input_ids
+
+
 def test_columns_may_be_given_other_names(tmp_path):
     rows = [{"Query": f"q{i}", "Best": f"good {i}", "Worst": "bad", "n": 3} for i in range(20)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
