@@ -5,9 +5,9 @@ Step 1: supervised fine-tuning (SFT). The model learns to answer as the demonstr
                                                               Ouyang et al. 2022, section 3.5
 
 over the tokens of prompt and answer, m_t = 1 on the answer's tokens, its EOS included, and 0 on the
-prompt and on padding. Of a dialogue that is a demonstration as a whole (`messages`) all answers have
-m_t = 1. The sums run over the whole batch of all micro-batches and processes: a token counts the
-same wherever it is.
+prompt and on padding. Of a dialogue that is a demonstration as a whole (`messages`) all answers
+have m_t = 1. The sums run over the whole batch of all micro-batches and processes: a token counts
+the same wherever it is.
 
     # `tiny`: a CPU minute
     python step1_sft.py --learning_rate 2e-3 --max_answer_seq_len 40 --max_steps 300
