@@ -460,6 +460,10 @@ def load_tokenizer(name_or_path, chat_template=""):
                              "A model folder needs its tokenizer files (tokenizer.json, or "
                              "tokenizer.model) beside config.json.") from error
 
+        if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
+            raise UsageError(f"{name_or_path}: its tokenizer is empty, because the files that hold "
+                             "its vocabulary (tokenizer.json, or tokenizer.model) are missing.")
+
     # Answers must be able to end, and padding must not look like their end.
     if tokenizer.eos_token is None:
         raise UsageError(f"{name_or_path}: its tokenizer has no EOS token; set eos_token in "

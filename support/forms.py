@@ -401,9 +401,12 @@ def join_tree(rows, source):
             continue
         prompt = []
         ancestor = row
-        while ancestor is not None:
+        while ancestor is not None and len(prompt) <= len(rows):
             prompt.insert(0, as_message({"from": ancestor["role"], "value": ancestor["text"]}))
             ancestor = by_id.get(ancestor["parent_id"])
+        if ancestor is not None:
+            joined.append((number, Unusable("whose message is an ancestor of its own")))
+            continue
         ranked = [answer for answer in answers if answer.get("rank") is not None]
         ranked.sort(key=lambda answer: answer["rank"])
         best = ranked[0] if ranked else answers[0]

@@ -389,6 +389,8 @@ def test_a_tree_of_messages_is_pairs_of_its_ranked_answers():
                        Preference(user("Hi") + assistant("Hello!") + user("Why?"), "So.", None)]
     assert [record.origin for record in records] == ["tree, row 1", "tree, row 6"]
     assert dropped == {"without an answer": [8]}
+    circle = [row("x", "z", "assistant", "x"), row("z", "x", "prompter", "y")]
+    assert to_records(circle + rows, "tree")[1]["whose message is an ancestor of its own"] == [2]
 
 
 def test_rated_answers_to_one_prompt_are_a_pair():
