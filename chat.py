@@ -14,14 +14,14 @@ are forgotten, and that is said.
 import sys
 from dataclasses import dataclass
 
-import safetensors
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, TextStreamer
 from transformers.utils import logging
 
 from data import load_tokenizer
 from support.flags import (CheckedConfig, UsageError, exit_on_usage_error, first_line, flag,
-                           parse_config)
+                           is_out_of_memory, parse_config)
+from support.models import check_decoder, vocabulary_size
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Config(CheckedConfig):
     max_new_tokens: int = flag(256, "tokens an answer may have", at_least=1)
     temperature: float = flag(0.0, "0 always takes the likeliest token", at_least=0)
     top_p: float = flag(1.0, "nucleus sampling, with a temperature over 0", over=0, at_most=1)
-    seed: int = flag(1234, "of the sampling")
+    seed: int = flag(1234, "of the sampling", at_least=0, at_most=2**32 - 1)
 
 
 def load(path):
@@ -39,14 +39,22 @@ def load(path):
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype="auto",
                                                            output_loading_info=True)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except Exception as error:  # of any kind, because models and their files raise many
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"--path {path}: no language model could be loaded ({first_line(error)}). "
                          "Train one with run_all.sh, or give a folder or hub name.") from error
+    check_decoder(f"--path {path}", model.config)
     if info["missing_keys"] or "score.weight" in info["unexpected_keys"]:
         raise UsageError(f"--path {path}: no language model but a reward model or critic; the "
                          "actor is the one that talks.")
+    tokenizer = load_tokenizer(path)
+    known = model.get_input_embeddings().num_embeddings
+    if vocabulary_size(tokenizer) > known:
+        raise UsageError(f"--path {path}: its tokenizer has {vocabulary_size(tokenizer)} ids and "
+                         f"the model {known} embeddings, so it is another model's tokenizer.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_tokenizer(path), model.to(device).eval()
+    return tokenizer, model.to(device).eval()
 
 
 def encode(tokenizer, messages, room):
@@ -98,8 +106,15 @@ def main(config):
                   "are forgotten)", file=sys.stderr)
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         ids = ids.to(model.device)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids),
-                             generation_config=generation, streamer=streamer)
+        try:
+            out = model.generate(ids, attention_mask=torch.ones_like(ids),
+                                 generation_config=generation, streamer=streamer)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise UsageError("the model's probabilities are no numbers (NaN): its weights have "
+                             f"overflowed, or --temperature {config.temperature} is too small."
+                             ) from error
         return tokenizer.decode(out[0, ids.size(1):], skip_special_tokens=True).strip()
 
     # With --prompt there is one answer and no conversation.
@@ -109,6 +124,9 @@ def main(config):
         return
 
     # The conversation: `messages` grows by a question and its answer.
+    if sys.stdin is None:
+        raise UsageError("standard input is closed, so nobody can be heard; give --prompt.")
+    sys.stdin.reconfigure(errors="replace")  # because one odd byte must not end a conversation
     print(f"{config.path}: {model.num_parameters() / 1e6:.1f}M parameters on {model.device}. "
           "/reset starts over, /quit leaves.")
     messages = []

@@ -120,7 +120,7 @@ def choose_form(rows, source):
         return form
     columns = sorted(set().union(*rows))
     texts = [name for name in columns if isinstance(rows[0].get(name), str)] or columns
-    accepted = "; ".join(", ".join(needed) for needed, _ in FORMS)
+    accepted = "; ".join(", ".join(needed) for needed, _ in FORMS[:8]) + "; and others"
     raise UsageError(
         f"{source} has the columns {', '.join(columns)}, and no form reads them. Say which is "
         f"which, --columns prompt={texts[0]} response={texts[-1]} say, or chosen=... rejected=... "
@@ -266,7 +266,7 @@ def split_indices(n, data_split, stage, seed):
         shares = np.array([float(share) for share in data_split.split(",")])
     except ValueError:
         shares = np.array([])
-    if shares.size != 3 or not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() == 0:
+    if shares.size != 3 or (shares < 0).any() or not 0 < shares.sum() < math.inf:
         raise UsageError(f"--data_split {data_split}: three numbers like 2,4,4 are needed, one a "
                          "stage, none negative, not all 0.")
     sizes = np.round(shares / shares.sum() * n).astype(int)
@@ -337,7 +337,7 @@ def read_records(source, config, log):
     none. Says what was dropped, and why. Raises UsageError for a source without rows.
     """
     rows, test_rows = read_source(source)
-    if not rows:
+    if not any(rows):  # none, or all of them {}
         raise UsageError(f"{source} is empty: it holds no rows to train on.")
     rows = renamed(rows, config.columns, source)
     records, dropped = to_records(rows, source)
@@ -500,6 +500,7 @@ def end_of_turn(tokenizer):
     """
     dialogue = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     text, = render(tokenizer, [dialogue])
+    check_template(tokenizer, dialogue)
     _, *behind_hellos = text.split("Hello")
     behind_answer = behind_hellos[-1] if behind_hellos else ""
     others = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token} - {tokenizer.eos_token}
@@ -508,6 +509,18 @@ def end_of_turn(tokenizer):
         if token.special and token.content not in others and token.content in behind_answer:
             places.append((behind_answer.index(token.content), token.content))
     return min(places)[1] if places else None
+
+
+def check_template(tokenizer, dialogue):
+    """
+    Raises UsageError for a chat template that gives an empty prompt.
+
+    dialogue  of a question and its answer
+    """
+    opened, = render(tokenizer, [dialogue[:1]], open_answer=True)
+    if not opened:
+        raise UsageError("the chat template writes nothing for a question, and no model answers an "
+                         "empty prompt; give another by --chat_template.")
 
 
 def render(tokenizer, dialogues, open_answer=False, tools=None):
@@ -764,7 +777,7 @@ def document_ids(source, tokenizer, held_keys, log):
         rows = [{"text": read_text(source)}]
     else:
         rows, _ = read_source(source)
-    if not rows:
+    if not any(rows):
         return []
     if "text" in rows[0]:
         numbered = [(number, row["text"]) for number, row in enumerate(rows, 1)
@@ -1108,18 +1121,22 @@ def show(item, stage, tokenizer):
 
 def write_records(config):
     """--write_records: one record a line, with prompt (messages), chosen and rejected or null."""
-    count = 0
-    with open(config.write_records, "w", encoding="utf-8") as file:
-        for source in config.data_path:
-            _, records, _, test_records = read_records(source, config, print)
-            for record in records + (test_records or []):
-                line = {"prompt": record.prompt, "chosen": record.chosen,
-                        "rejected": record.rejected, **record.chosen_fields}
-                if record.tools:
-                    line["tools"] = record.tools
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-                count += 1
-    print(f"{config.write_records}: {count} records")
+    # All are read before the file is opened, because it may be one of the sources.
+    lines = []
+    for source in config.data_path:
+        _, records, _, test_records = read_records(source, config, print)
+        for record in records + (test_records or []):
+            line = {"prompt": record.prompt, "chosen": record.chosen,
+                    "rejected": record.rejected, **record.chosen_fields}
+            if record.tools:
+                line["tools"] = record.tools
+            lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+    try:
+        Path(config.write_records).write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--write_records {config.write_records} cannot be written "
+                         f"({error.strerror}); name another file.") from error
+    print(f"{config.write_records}: {len(lines)} records")
 
 
 def main():

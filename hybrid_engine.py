@@ -160,8 +160,8 @@ class ExponentialMovingAverage:
     """
     average <- decay average + (1 - decay) weights, after every optimizer step, from a copy of the
     first weights (InstructGPT, appendix C: 0.992). It averages the optimizer's float32 master
-    weights, on the CPU of rank 0, because in bf16 a step of 0.8% of a small change rounds away, and
-    because under ZeRO 3 there is nothing else whole to average. Every rank must call `update`.
+    weights, because in bf16 a step of 0.8% of a small change rounds away. The average lies on the
+    CPU of rank 0. Under ZeRO the weights are sharded, so every rank must call `update`.
     """
 
     def __init__(self, engine, decay):

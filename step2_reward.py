@@ -124,6 +124,7 @@ def evaluate(score_pairs, dataloader):
     standard deviation of the scores.
 
     score_pairs  batch of data.Collator(2) -> scores of the chosen and of the rejected answers
+    raises       UsageError, on all ranks, for scores that are no finite numbers
     """
     # Scores, lengths and weights of this rank's pairs: five rows, one column a pair.
     columns = []
@@ -142,8 +143,9 @@ def evaluate(score_pairs, dataloader):
     columns = torch.cat(shares, 1)
     chosen, rejected, chosen_length, rejected_length, _ = columns[:, columns[-1] > 0]
 
-    margins = chosen - rejected
     scores = torch.cat([chosen, rejected])
+    check_finite("held-out pairs", {"sum of the scores": scores.sum().item()})
+    margins = chosen - rejected
     lengths = torch.cat([chosen_length, rejected_length])
     correlation = torch.corrcoef(torch.stack([scores, lengths]))[0, 1]
     return {"accuracy": (0.5 + 0.5 * margins.sign()).mean().item(),
@@ -250,7 +252,6 @@ def main(config):
     # -------------------------------------------------------------------------
     # evaluation, the model
     held = evaluate(lambda batch: score_pairs(engine, batch), data.held_loader)
-    check_finite("held-out pairs", held)
     if config.dpo:
         save_model(engine, tokenizer, folder)
         held["gold"] = sample_answers(model.model, tokenizer, data.held_records, config)

@@ -10,8 +10,9 @@ the model it came from.
                               + [t is the last] (r(x, y) - [y has no EOS] missing_eos_penalty)
     advantage           A_t = sum_k (gamma lam)^k delta_{t+k}      Schulman et al. 2016, eq. 16
                         delta_t = R_t + gamma V_{t+1} - V_t
-    actor loss          - min( rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t )
+    actor loss          - min( rho_t W_t, clip(rho_t, 1 - eps, 1 + eps) W_t )
                         rho_t = pi(y_t) / pi_old(y_t)              Schulman et al. 2017, eq. 7
+                        W_t = A_t whitened over the rollout's tokens
     critic loss         1/2 max( (V_t - G_t)^2, (clip(V_t, V_old,t +- eps_v) - G_t)^2 )
                         G_t = A_t + V_old,t
 
@@ -44,6 +45,7 @@ deviations from its own mean, in which --reward_clip and --cliprange_value are t
 """
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +81,8 @@ class Config(RunConfig):
     reward_fn: list[str] = flag([], "functions (file.py:name) and folders of reward models, "
                                       "summed; default: the reward model")
     reward_weights: list[float] = flag([], "of --reward_fn's scores in their sum; default 1 each")
-    reward_clip: float = flag(5.0, "bound of normalised scores, before the KL is added", at_least=0)
+    reward_clip: float = flag(5.0, "bound of normalised scores, before the KL is added", at_least=0,
+                              at_most=math.inf)
     missing_eos_penalty: float = flag(0.0, "taken off the score of an unended answer", at_least=0)
     kl_coef: float = flag(0.05, "beta, reward units per nat", at_least=0)
     kl_target: float = flag(0.0, "nats per response to steer to by kl_coef; 0: fixed", at_least=0)
@@ -95,8 +98,8 @@ class Config(RunConfig):
         "gae", "estimator; all but gae go without a critic")
     gamma: float = flag(1.0, "discount", at_least=0, at_most=1)
     lam: float = flag(0.95, "GAE's lambda", at_least=0, at_most=1)
-    cliprange: float = flag(0.2, "eps of the actor's clip", at_least=0)
-    cliprange_value: float = flag(0.2, "eps_v of the critic's clip", at_least=0)
+    cliprange: float = flag(0.2, "eps of the actor's clip", at_least=0, at_most=math.inf)
+    cliprange_value: float = flag(0.2, "eps_v of the critic's clip", at_least=0, at_most=math.inf)
     ppo_epochs: int = flag(1, "passes over a rollout before the next", at_least=1)
     actor_learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top", at_least=0)
     critic_learning_rate: float = flag(5e-6, "AdamW's, at the schedule's top", at_least=0)
@@ -154,6 +157,9 @@ class Config(RunConfig):
         if weights and weights != scorers:
             raise UsageError(f"--reward_weights has {weights} entries for {scorers} rewards; one "
                              "number a reward is needed.")
+        if weights and not any(self.reward_weights):
+            raise UsageError("--reward_weights are all 0, so that no answer is better than another;"
+                             " one at least must be another number.")
 
 
 # -----------------------------------------------------------------------------
@@ -329,6 +335,8 @@ class DeepSpeedRLHFEngine:
                  num_total_iters, args):
         ds_config = setup(args)
         longest = args.max_prompt_seq_len + args.max_answer_seq_len
+        if args.unsupervised_data_path:
+            longest = max(longest, args.max_seq_len)  # tokens of a chunk of text
         total_updates = num_total_iters * args.updates_per_rollout
         self.tokenizer = tokenizer
         self.args = args
@@ -582,7 +590,7 @@ class DeepSpeedPPOTrainer:
             "objective/kl": total["kl"] / rows,
             "objective/kl_coef": self.kl_coef,
             "objective/scores": total["scores"] / rows,
-            # what is maximised: the score, without EOS less a penalty, less beta times the KL
+            # score - missing_eos_penalty (where there is no EOS) - beta KL, which is maximised
             "objective/rlhf_reward": (total["penalised"] - self.kl_coef * total["kl"]) / rows,
             "objective/entropy": total["entropy"] / tokens,
             "response/length": tokens / rows,
@@ -653,8 +661,8 @@ class DeepSpeedPPOTrainer:
         if args.kl_target > 0:
             self.kl_coef = adapt_kl_coef(self.kl_coef, self.metrics["objective/kl"], args.kl_target,
                                          total["rows"])
-        mean_actor_loss = total["actor_loss"] / total["actor_updates"]
-        mean_critic_loss = total.get("critic_loss", 0.0) / total["actor_updates"]
+        mean_actor_loss = total["actor_loss"] / total["updates"]
+        mean_critic_loss = total.get("critic_loss", 0.0) / total["updates"]
         self.metrics.update(self.update_metrics(total, mean_actor_loss, mean_critic_loss))
         self.metrics.update({"lr": lr, "ppo/policy/grad_norm": actor_norm})
         if models.critic:
@@ -688,7 +696,8 @@ class DeepSpeedPPOTrainer:
                 return loss + text_weight * self.text_loss(text, sums)
 
         loss, norm = train_step(self.models.actor, micro_batches, loss_sum, tokens)
-        sums.add(actor_loss=loss, actor_updates=1 / dist.get_world_size())
+        # Summed over the ranks, that is one update.
+        sums.add(actor_loss=loss, updates=1 / dist.get_world_size())
         return norm
 
     def update_critic(self, x, micro_batches, tokens, sums):

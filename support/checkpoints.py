@@ -220,6 +220,9 @@ def what_a_model_lacks(folder):
     """
     if not (folder / "config.json").exists():
         return "config.json is missing"
+    # transformers makes an empty tokenizer of a folder without such a file.
+    if not any(folder.glob("tokenizer.*")) and not any(folder.glob("vocab.*")):
+        return "tokenizer.json is missing"
     names = ["model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -294,8 +297,12 @@ class StopSignal:
             # The signal may have come in the middle of a print, and Python allows none inside it.
             with suppress(RuntimeError):
                 print0(f"\n{sentence}")
-        if not self.deferred:
-            sys.exit(STOPPED)
+        if self.deferred:
+            return
+        if not is_first:
+            # While the first exit is on its way, another exception would be a traceback.
+            os._exit(STOPPED)
+        sys.exit(STOPPED)
 
     def on_any_rank(self):
         """Collective, because all ranks must stop after the same step."""
@@ -561,9 +568,7 @@ class Checkpoints:
     def _write(self, step):
         rank = dist.get_rank()
         temporary = self.folder / f"checkpoint-{step}.tmp"
-        if rank == 0:
-            temporary.mkdir()
-        dist.barrier()
+        on_rank0(lambda: self._begin(step, temporary))
 
         # 1. Every rank writes its part of the engines, and its random number generators.
         writer = DurableWriter(temporary)
@@ -587,6 +592,13 @@ class Checkpoints:
             if error:
                 errors.append(error)
         on_rank0(lambda: self._complete(step, temporary, files, errors))
+
+    def _begin(self, step, temporary):
+        """Rank 0. Raises UsageError where the disk is full, or the stage's folder was deleted."""
+        try:
+            temporary.mkdir()
+        except OSError as error:
+            raise self._not_written(step, error) from error
 
     def _complete(self, step, temporary, files, errors):
         """
@@ -619,16 +631,19 @@ class Checkpoints:
             fsync_path(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise UsageError(f"{final} could not be written: {first_line(error)}. It needs room, "
-                             f"and all hosts must see it. {self._what_is_left()}") from error
+            raise self._not_written(step, error) from error
         self._remove_others(step)
 
-    def _what_is_left(self):
+    def _not_written(self, step, error):
+        """-> UsageError, which says what --resume can still go on from."""
+        left = "There is no older one."
         for path in self._all().values():
             _, lack = self._read(path)
             if not lack:
-                return f"{path} is as it was, and --resume goes on from it."
-        return "There is no older one."
+                left = f"{path} is as it was, and --resume goes on from it."
+                break
+        return UsageError(f"{self.folder}/checkpoint-{step} could not be written: "
+                          f"{first_line(error)}. It needs room, and all hosts must see it. {left}")
 
     def _remove_others(self, step):
         """Keeps --save_total_limit checkpoints: this step's and those before it."""
@@ -684,9 +699,11 @@ class DurableWriter(TorchCheckpointEngine):
             fsync_path(path)
             self.files[str(Path(path).relative_to(self.folder))] = os.path.getsize(path)
         except (OSError, RuntimeError) as error:
+            # torch hides a full disk's OSError behind one or two errors of its own.
+            while error.__context__ and not isinstance(error, OSError):
+                error = error.__context__
             if self.error is None:
-                # torch hides a full disk's OSError behind a RuntimeError of its own.
-                self.error = first_line(error.__context__ or error)
+                self.error = first_line(error)
             # Makes room for DeepSpeed's small files, which nothing guards.
             Path(path).unlink(missing_ok=True)
 

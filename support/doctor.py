@@ -276,9 +276,15 @@ def main():
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
         fail(f"{path} cannot be read as metrics.jsonl ({error}).")
-    if not all("objective/kl" in line for line in lines):
-        fail(f"{path} is not of a PPO run (objective/kl is missing); step3_ppo.py writes such a "
-             "file beside the actor.")
+    if not lines:
+        fail(f"{path} is empty: the run has not done a step.")
+    for number, line in enumerate(lines, 1):
+        if not isinstance(line, dict) or "objective/kl" not in line:
+            fail(f"{path} is not of a PPO run (objective/kl is missing); step3_ppo.py writes such "
+                 "a file beside the actor.")
+        for name, value in line.items():
+            if not isinstance(value, (int, float)):
+                fail(f"{path}, line {number}: {name} is {value!r}, and a number is needed.")
 
     # The doctor reads the run step by step, as it would have while the run went on.
     doctor = RunDoctor(args.gradient_clipping)

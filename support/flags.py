@@ -8,6 +8,7 @@ it is checked when it is made, by the command line or by `Config(kl_coef=0.1)` i
 
 import argparse
 import difflib
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -28,15 +29,31 @@ class UsageError(ValueError):
 
 
 def first_line(error):
-    return (str(error) or type(error).__name__).splitlines()[0]
+    """The first line of what an error says, and the next one where the first ends with a colon."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    line = lines[0].strip()
+    if line.endswith(":") and len(lines) > 1:
+        line = f"{line} {lines[1].strip()}"
+    return line
+
+
+def is_out_of_memory(error):
+    """Whether Python, a GPU or torch on the CPU has no more memory to give."""
+    text = str(error)
+    return (isinstance(error, MemoryError) or "out of memory" in text
+            or "can't allocate memory" in text)
 
 
 @contextmanager
 def exit_on_usage_error():
     """
     A UsageError inside ends the program: one sentence on standard error, exit code 2. So does a
-    Ctrl-C, with code 130, where nothing else listens to it.
+    lack of memory, and a Ctrl-C, with code 130, where nothing else listens to it.
     """
+    # A terminal or log file that is not UTF-8 gets \\u5927 for what it cannot write.
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # None where the shell has closed it
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
@@ -44,19 +61,41 @@ def exit_on_usage_error():
         sys.exit(130)
     except UsageError as error:
         # Every host prints the sentence once, because only one of them may have the fault.
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        local_rank = os.environ.get("LOCAL_RANK", "0")
+        if not local_rank.isdecimal() or int(local_rank) == 0:
             print(f"\n{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough (`| head`), so nothing more is written to it, not
+        # even by Python's own flush at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Every process says so, because one of them may run out of memory alone.
+        print(f"\n{Path(sys.argv[0]).name}: error: more memory is needed than there is "
+              f"({first_line(error)[:200]}). Lower batch sizes and lengths, or add "
+              "--gradient_checkpointing, --zero_stage 3 or --lora_dim 16 --only_optimize_lora; "
+              "--dry_run says beforehand what a stage needs.", file=sys.stderr)
         sys.exit(2)
 
 
 def check_local_path(name_or_path):
     """
-    Raises UsageError for a name that can only mean a local folder, where there is none. Without
-    this check the hub would be asked for it, for a minute.
+    Raises UsageError for a file, and for a name that can only mean a local folder, where there is
+    none. Without this check the hub would be asked for it, for a minute.
     """
     path = Path(name_or_path).expanduser()
-    means_folder = path.is_absolute() or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
-    if path.exists() or not means_folder:
+    if "://" in name_or_path:
+        raise UsageError(f"{name_or_path}: an address, and a model is named by its folder or by its"
+                         " name on the hub (owner/name).")
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{name_or_path}: a file, and a model is a folder in the form of Hugging "
+                         "Face: config.json, weights (model.safetensors) and tokenizer together.")
+    starts_as_path = name_or_path.startswith((".", "~")) or path.is_absolute()
+    means_folder = starts_as_path or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    if path.is_dir() or not (means_folder or path.is_symlink()):
         return
     neighbours = []
     if path.parent.is_dir():
@@ -73,7 +112,8 @@ def flag(default, text, at_least=None, over=None, at_most=None, **options):
     A field of a config.
 
     text                     the line that --help shows
-    at_least, over, at_most  the range of a number, or of each number of a list
+    at_least, over, at_most  the range of a number, or of each number of a list. Infinity and NaN
+                             are refused, unless at_most is infinity
     options                  more arguments for argparse's add_argument
     """
     metadata = {"help": text, "at_least": at_least, "over": over, "at_most": at_most, **options}
@@ -88,11 +128,22 @@ class CheckedConfig:
 
     def __post_init__(self):
         for one_field in fields(self):
-            check_range(one_field, getattr(self, one_field.name))
+            value = getattr(self, one_field.name)
+            check_blank(one_field, value)
+            check_range(one_field, value)
         self.check()
 
     def check(self):
         """Raises UsageError for flags that do not go together. Stages add theirs."""
+
+
+def check_blank(one_field, value):
+    """Raises UsageError for a text without a letter, unless that is the flag's default."""
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        if isinstance(entry, str) and not entry.strip() and entry != one_field.default:
+            raise UsageError(f"--{one_field.name} {entry!r}: nothing is named, perhaps by a shell "
+                             "variable that is not set; give a value, or leave the flag out.")
 
 
 def check_range(one_field, value):
@@ -114,6 +165,9 @@ def check_range(one_field, value):
         too_large = at_most is not None and not number <= at_most
         if too_small or too_large:
             raise UsageError(f"--{one_field.name} {number}: {accepted}.")
+        # An at_most of infinity lets infinity in.
+        if at_most is None and isinstance(number, float) and not math.isfinite(number):
+            raise UsageError(f"--{one_field.name} {number}: a finite number is needed.")
 
 
 # -----------------------------------------------------------------------------
@@ -149,8 +203,9 @@ class RunConfig(DataConfig):
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant",
         "constant_with_warmup", "inverse_sqrt"] = flag("cosine", "transformers' of that name")
     num_warmup_steps: int = flag(0, "optimizer steps of linear warm-up", at_least=0)
-    num_train_epochs: int = flag(1, "passes over this stage's rows", at_least=1)
-    max_steps: int = flag(-1, "steps, rows repeated as needed; -1: the epochs'", at_least=-1)
+    num_train_epochs: int = flag(1, "passes over this stage's rows", at_least=1, at_most=10**9)
+    max_steps: int = flag(-1, "steps, rows repeated as needed; -1: the epochs'", at_least=-1,
+                          at_most=10**9)
     logging_steps: int = flag(10, "steps between printed lines", at_least=1)
     save_steps: int = flag(0, "steps between checkpoints; 0: one when told to stop", at_least=0)
     save_total_limit: int = flag(2, "checkpoints kept, the newest", at_least=1)
@@ -158,13 +213,14 @@ class RunConfig(DataConfig):
     overwrite_output_dir: bool = flag(False, "replace an earlier run's finished models")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     lora_dim: int = flag(0, "rank of LoRA adapters; 0: train the weights", at_least=0)
-    lora_alpha: float = flag(0.0, "adapters are scaled by alpha / dim; 0: alpha = 2 dim")
+    lora_alpha: float = flag(0.0, "adapters are scaled by alpha / dim; 0: alpha = 2 dim",
+                             at_least=0)
     lora_module_name: str = flag("", "part of the names of layers to adapt; default: all in blocks")
     only_optimize_lora: bool = flag(False, "freeze everything but the adapters")
     dry_run: int = flag(0, "print memory, time and cost, then exit; `--dry_run 8`: on 8 GPUs",
                         at_least=-1, nargs="?", const=-1)
-    device_tflops: float = flag(50.0, "of --dry_run: TFLOP/s of a device (A100: 43 to 82)")
-    device_price: float = flag(4.0, "of --dry_run: dollars a device-hour")
+    device_tflops: float = flag(50.0, "of --dry_run: TFLOP/s of a device (A100: 43 to 82)", over=0)
+    device_price: float = flag(4.0, "of --dry_run: dollars a device-hour", at_least=0)
 
     def check(self):
         super().check()
@@ -172,6 +228,10 @@ class RunConfig(DataConfig):
             raise UsageError("--max_steps 0: a number of 1 or more is needed.")
         if self.only_optimize_lora and self.lora_dim == 0:
             raise UsageError("--only_optimize_lora needs --lora_dim 1 or more, the adapters' rank.")
+        for name in ("lora_module_name", "lora_alpha"):
+            if getattr(self, name) and self.lora_dim == 0:
+                raise UsageError(f"--{name} {getattr(self, name)} is of adapters, and without "
+                                 "--lora_dim there are none; give --lora_dim 16, say.")
 
 
 def default_model_paths(config):
@@ -256,10 +316,17 @@ def parse_config(config_class, doc, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     # The launcher's own flag is dropped, because the environment's LOCAL_RANK says the same.
     argv = [word for word in argv if not word.startswith("--local_rank=")]
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"the argument {word!r} is not UTF-8; rename what it names, or write "
+                             "it in UTF-8.") from None
     parser = Parser(config_class, doc)
     config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
+        unknown = [word for word in unknown if word != "--"] or unknown
         words = [word for word in unknown if word.startswith("-")] or unknown[:1]
         advice = "; ".join(unknown_flag(word.split("=")[0], known) for word in words)
         raise UsageError(f"unknown argument {advice} (--help lists all; flags for one stage of "
@@ -269,8 +336,12 @@ def parse_config(config_class, doc, argv=None):
 
 def unknown_flag(word, known):
     """An unknown flag -> the flag and its name here, by the table, then by spelling."""
-    flag_name = word.replace("-", "_").replace("__", "--", 1)
+    flag_name = word.lower().replace("-", "_").replace("__", "--", 1)
     if flag_name in OTHER_NAMES:
         return f"{word}; here that is {OTHER_NAMES[flag_name]}"
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
-    return f"{word}; did you mean {near[0]}?" if near else word
+    if word in known:
+        return f"{word} behind --, where no flag is read; leave the -- out"
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.7)
+    if near:
+        return f"{word}; did you mean {near[0]}?"
+    return word or "''"

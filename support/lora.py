@@ -103,7 +103,8 @@ def add_lora(model, config):
                 wrapped += 1
 
     # Names that chose the head, or nothing.
-    if isinstance(model.get_output_embeddings(), LoRALinear):
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    if any(isinstance(head, LoRALinear) for head in heads):
         raise UsageError(f"--lora_module_name {config.lora_module_name} is in the name of the head,"
                          " which takes no adapter; name linear layers of the blocks.")
     if not wrapped:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from kernels.decoder import FAMILIES
 from kernels.logprob import linear_logprobs, token_logprobs
-from support.flags import UsageError, check_local_path, first_line
+from support.flags import UsageError, check_local_path, first_line, is_out_of_memory
 from support.lora import add_lora, save_adapter, split_lora_state
 from support.processes import CONFIGS, compute_dtype, on_rank0, print0
 
@@ -108,7 +108,13 @@ class RewardModel(nn.Module):
         self.std = 1.0
         if normalise:
             self.mean = getattr(model.config, "score_mean", 0.0)
-            self.std = max(getattr(model.config, "score_std", 1.0), 1e-6)
+            self.std = getattr(model.config, "score_std", 1.0)
+            for number in (self.mean, self.std):
+                if not isinstance(number, (int, float)) or not math.isfinite(number):
+                    raise UsageError(f"{model.config.name_or_path}: score_mean {self.mean!r} and "
+                                     f"score_std {self.std!r} in its config.json; both must be "
+                                     "finite numbers, as step2_reward.py writes them.")
+            self.std = max(self.std, 1e-6)
         self.trunk_arguments = set(inspect.signature(model.base_model.forward).parameters)
 
     def forward(self, input_ids, attention_mask):
@@ -193,11 +199,7 @@ def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", allow_new_
     raises         UsageError for a folder or name that holds no such model, or too few positions
     """
     hf_config = read_config(name_or_path)
-    positions = getattr(hf_config, "max_position_embeddings", None)
-    if positions and tokens > positions:
-        raise UsageError(
-            f"{name_or_path} has {positions} positions and {tokens} tokens were asked for; lower "
-            "--max_seq_len, or --max_prompt_seq_len and --max_answer_seq_len, which are added up.")
+    check_positions(name_or_path, hf_config, tokens)
     disable_dropout(hf_config)
     if head == "score":
         hf_config.num_labels = 1
@@ -221,7 +223,11 @@ def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", allow_new_
                          f"{' and more' * (len(missing) > 3)}.")
     if head == "score" and (missing or random_weights):
         initialise_head(model)
-    if vocabulary_size(tokenizer) > model.get_input_embeddings().num_embeddings:
+    known = model.get_input_embeddings().num_embeddings
+    if vocabulary_size(tokenizer) > known:
+        print0(f"{name_or_path}: its tokenizer has {vocabulary_size(tokenizer)} ids and the model "
+               f"{known} embeddings, so random ones are added (with many, the tokenizer is another "
+               "model's)")
         model.resize_token_embeddings(vocabulary_size(tokenizer))
     set_special_tokens(model, tokenizer, head)
     model.config.use_cache = False
@@ -229,34 +235,81 @@ def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", allow_new_
 
 
 def read_config(name_or_path):
-    """The Hugging Face config of a folder, a hub name or `tiny`."""
+    """
+    The Hugging Face config of a folder, a hub name or `tiny`. Raises UsageError where there is
+    none, and for a model that does not predict the next token.
+    """
     check_local_path(name_or_path)
     source = CONFIGS / "tiny.json" if name_or_path == "tiny" else name_or_path
+    if (Path(source) / "adapter_config.json").exists():
+        raise UsageError(f"{name_or_path} holds LoRA adapters (adapter_config.json): merge them "
+                         "into their base model (merge_and_unload of PEFT), save that, and name "
+                         "its folder.")
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        hf_config = AutoConfig.from_pretrained(source)
+    except Exception as error:  # of any kind, because configs check themselves
         raise UsageError(
             f"{name_or_path}: not a model folder, and not found on the hub ({first_line(error)}). "
             "A model folder holds config.json, weights (model.safetensors) and a tokenizer."
         ) from error
+    check_decoder(name_or_path, hf_config)
+    return hf_config
+
+
+def check_decoder(name_or_path, hf_config):
+    """
+    Raises UsageError for an encoder, alone or before a decoder. Hugging Face loads BERT and its kin
+    as causal LMs too, which then see the tokens that they are to predict.
+    """
+    # The configs of encoders have is_decoder. Of decoders only GPT-NeoX's have it, always False.
+    is_encoder = (getattr(hf_config, "is_decoder", True) is False
+                  and not hf_config.model_type.startswith("gpt_neox"))
+    if is_encoder or getattr(hf_config, "is_encoder_decoder", False):
+        raise UsageError(f"{name_or_path}: a model of type {hf_config.model_type} has an encoder, "
+                         "which reads a text's later words too; a decoder that predicts the next "
+                         "token is needed, as in OPT or Llama.")
+
+
+def check_positions(name_or_path, hf_config, tokens):
+    """Raises UsageError for a model that has fewer positions than its longest sequence tokens."""
+    positions = getattr(hf_config, "max_position_embeddings", None)
+    if positions and tokens > positions:
+        raise UsageError(
+            f"{name_or_path} has {positions} positions and {tokens} tokens were asked for; lower "
+            "--max_seq_len, or --max_prompt_seq_len and --max_answer_seq_len, which are added up.")
 
 
 def read_weights(name_or_path, hf_config, dtype, head, vocabulary):
-    """-> (model, sorted names of the weights that the folder lacks)."""
+    """
+    -> (model, sorted names of the weights that the folder lacks). Raises UsageError for weights
+    that cannot be read, or have other shapes than the config says.
+    """
     auto = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     if name_or_path == "tiny":
         hf_config.vocab_size = vocabulary
         return auto.from_config(hf_config, dtype=dtype), []
     try:
         model, info = auto.from_pretrained(name_or_path, config=hf_config, dtype=dtype,
-                                           output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+                                           output_loading_info=True,
+                                           ignore_mismatched_sizes=True)
+    except Exception as error:  # of any kind, because models and their files raise many
+        if is_out_of_memory(error):
+            raise
         raise UsageError(f"{name_or_path}: its weights could not be loaded "
-                         f"({first_line(error)}).") from error
+                         f"({first_line(error).rstrip('.')}).") from error
+    for name, found, needed in sorted(info["mismatched_keys"]):
+        raise UsageError(f"{name_or_path}: its weight {name} has the shape {tuple(found)}, and "
+                         f"{tuple(needed)} is needed: config.json is another model's, or the "
+                         "reward model has more than one label.")
     # Asked for directly, because with tied embeddings a reward model lacks nothing.
     if head == "lm" and "score.weight" in info["unexpected_keys"]:
         raise UsageError(f"{name_or_path} is no language model: it holds a reward model's "
                          "score.weight.")
+    of_blocks = [key for key in sorted(info["unexpected_keys"])
+                 if any(part.isdigit() for part in key.split("."))]  # numbers name the blocks
+    if of_blocks:
+        print0(f"warning: {name_or_path}: {len(of_blocks)} weights of its files have no place in "
+               f"the model of its config.json and are left out ({of_blocks[0]} first)")
     return model, sorted(info["missing_keys"])
 
 
@@ -304,8 +357,8 @@ def save_model(engine, tokenizer, folder, averages=None):
     """
     A trained model as a Hugging Face folder: safetensors, config, generation config, tokenizer with
     its chat template. LoRA is merged into the weights. Where the rest was frozen the adapter is
-    also saved by itself, in PEFT's format, in folder/adapter. Files are complete before they take
-    their names, so an interrupted save leaves the older model loadable.
+    also saved by itself, in PEFT's format, in folder/adapter. All files are complete before the
+    first takes its name, so a save that is interrupted before leaves the older model as it was.
 
     averages  name -> tensor that stands in for the weight it averages (EMA)
     Collective; rank 0 writes. Raises UsageError, on all ranks, where it cannot.
@@ -362,7 +415,9 @@ def replace_files(staging, folder):
     new_files = sorted(staging.iterdir())
     older_weights = set(folder.glob("model*.safetensors*")) - {folder / f.name for f in new_files}
     shutil.rmtree(folder / "adapter", ignore_errors=True)  # an earlier run's
-    # config.json goes last, because without it the folder is not taken for a model.
+    # config.json goes first and comes last, because without it the folder is not taken for a model,
+    # and weights of one run with the config of another would be one.
+    (folder / "config.json").unlink(missing_ok=True)
     new_files.sort(key=lambda file: file.name == "config.json")
     for file in new_files:
         os.replace(file, folder / file.name)

@@ -4,11 +4,14 @@ collectives that the stages need.
 """
 
 import atexit
+import copy
 import difflib
+import errno
 import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import socket
@@ -28,7 +31,8 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from torch.utils import cpp_extension
 
-from support.flags import UsageError, default_model_paths, exit_on_usage_error, parse_config
+from support.flags import (UsageError, default_model_paths, exit_on_usage_error, first_line,
+                           parse_config)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -38,10 +42,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 def run_stage(main, config_class, doc):
     """`main(config)` for the command line. What the user can mend ends in one sentence, code 2."""
-    # A terminal or log file that is not UTF-8 gets \\u5927 for what it cannot write.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")
-    with exit_on_usage_error():
+    with exit_on_usage_error(), exit_on_outside_fault():
         config = parse_config(config_class, doc)
         default_model_paths(config)
         main(config)
@@ -52,6 +53,34 @@ def run_stage(main, config_class, doc):
             # After an error the group is left as it is, because NCCL would wait in here for ranks
             # that are themselves waiting for this one.
             dist.destroy_process_group()
+
+
+@contextmanager
+def exit_on_outside_fault():
+    """
+    A fault outside of this process ends it in one sentence. A full disk, which the log or one of
+    DeepSpeed's small files may notice first: code 2. Another rank that is gone, killed because
+    memory ran out, say, which gloo tells the ranks that wait for it: code 1.
+    """
+    try:
+        yield
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        code = 2
+        sentence = f"{first_line(error)}. Make room."
+    except RuntimeError as error:
+        if " by peer" not in str(error):
+            raise
+        code = 1
+        sentence = ("another rank of this run is gone. Its last lines say why; where it has none, "
+                    "it was killed, often because memory ran out.")
+    # Every rank says its own, because only one of them may have a fault.
+    print(f"\n{Path(sys.argv[0]).name}: error: rank {os.environ.get('RANK', 0)}: {sentence} The "
+          "same command with --resume goes on from the newest checkpoint, or starts from the "
+          "beginning.", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def setup(config):
@@ -95,6 +124,8 @@ def start_processes():
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
 
+    check_launcher()
+
     # DeepSpeed's own all-reduce for CPUs is switched off, because it would be compiled at the first
     # start, for most of a minute, and gloo does.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -105,16 +136,44 @@ def start_processes():
 
     # gloo is told which network leads to rank 0, because by itself it listens where the host's name
     # leads, and many an /etc/hosts says that this is 127.0.0.1.
+    try:
+        address = host_address()
+    except OSError as error:
+        raise UsageError(f"MASTER_ADDR {os.environ['MASTER_ADDR']}: no host of that name is known "
+                         f"({first_line(error)}).") from error
     interfaces = {}
     for name, entries in psutil.net_if_addrs().items():
         for entry in entries:
             interfaces[entry.address] = name
-    if host_address() in interfaces:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces[host_address()])
+    if address in interfaces:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interfaces[address])
 
     # An hour, because a large save takes longer than the default of ten minutes.
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=timedelta(hours=1))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = int(os.environ["MASTER_PORT"])
+        raise UsageError(f"port {port} of this host is in use, most likely by another run: "
+                         f"`deepspeed --master_port {port + 1} ...` takes another one.") from error
     watch_hosts()
+
+
+def check_launcher():
+    """Raises UsageError for variables of the launcher that are missing or no numbers."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        if not value or (name != "MASTER_ADDR" and not value.isdecimal()):
+            raise UsageError(f"{name}={value}: where RANK is set, the other variables of a "
+                             "launcher are read too, and numbers are needed; start with deepspeed "
+                             "or torchrun, or `unset RANK` for one process.")
+    rank = int(os.environ["RANK"])
+    world = int(os.environ["WORLD_SIZE"])
+    port = int(os.environ["MASTER_PORT"])
+    if rank >= world or port > 65535:
+        raise UsageError(f"RANK={rank} WORLD_SIZE={world} MASTER_PORT={port}: ranks are counted "
+                         "from 0 to WORLD_SIZE - 1, ports end at 65535.")
 
 
 def free_compile_lock(name):
@@ -140,19 +199,27 @@ def deepspeed_settings(config):
     """
     The DeepSpeed JSON as a dict, with the flags that stand over it filled in.
 
-    raises UsageError for a file that is missing or malformed, or a ZeRO stage that does not exist
+    raises UsageError for a file that is missing or malformed, a ZeRO stage that does not exist, and
+    what DeepSpeed would refuse or leave unread
     """
     plan_for_gpus = config.dry_run > 0
     gpu = torch.cuda.is_available() or plan_for_gpus
     path = config.deepspeed_config or CONFIGS / ("1gpu.json" if gpu else "cpu.json")
+    if Path(path).is_fifo():
+        raise UsageError(f"--deepspeed_config {path} is a pipe, and the settings are read several "
+                         "times; save them in a file.")
     try:
-        ds_config = json.loads(Path(path).read_text())
+        # -sig, because Windows writes a mark in front
+        ds_config = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"--deepspeed_config {path} cannot be read ({error.strerror}); {CONFIGS} "
                          "has one for each kind of hardware.") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"--deepspeed_config {path}, line {error.lineno}: not JSON "
                          f"({error.msg}).") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, or too deep
+        raise UsageError(f"--deepspeed_config {path} cannot be read "
+                         f"({first_line(error)}).") from error
     if (not isinstance(ds_config, dict)
             or not isinstance(ds_config.setdefault("zero_optimization", {}), dict)):
         raise UsageError(f"--deepspeed_config {path}: a JSON object is needed, in which "
@@ -161,7 +228,8 @@ def deepspeed_settings(config):
     zero = ds_config["zero_optimization"]
     zero["stage"] = zero.get("stage", 0) if config.zero_stage == -1 else config.zero_stage
     if zero["stage"] not in (0, 1, 2, 3):
-        raise UsageError(f"--zero_stage {zero['stage']}: ZeRO has the stages 0, 1, 2 and 3.")
+        raise UsageError(f"--zero_stage {zero['stage']!r}: ZeRO has the stages 0, 1, 2 and 3.")
+    check_by_deepspeed(ds_config, path)
     if compute_dtype(ds_config) == torch.float16 and zero["stage"] == 0:
         # engine.backward scales the loss for ZeRO's optimizers only, while the optimizer without
         # ZeRO divides the gradients by the loss scale all the same.
@@ -200,6 +268,53 @@ def check_sections(ds_config, path):
         if package and enabled and importlib.util.find_spec(package) is None:
             raise UsageError(f"--deepspeed_config {path}: its section {name} needs the package "
                              f"{package}; pip install {package}, or switch the section off.")
+
+
+def check_by_deepspeed(ds_config, path):
+    """
+    Raises UsageError for what DeepSpeed refuses, which it says only when the models are loaded, and
+    for what it would not read.
+    """
+    where = f"--deepspeed_config {path}"
+    if '"auto"' in json.dumps(ds_config):
+        raise UsageError(f"{where}: \"auto\" is filled in by Hugging Face's Trainer; give a value, "
+                         "or leave the entry out.")
+    for name in ("optimizer", "scheduler"):
+        if name in ds_config:
+            raise UsageError(f"{where}: its section {name} would not be read, because the flags "
+                             "make AdamW and its schedule (--learning_rate, --weight_decay, "
+                             "--lr_scheduler_type); leave it out.")
+    clip = ds_config.get("gradient_clipping", 0.0)
+    if not isinstance(clip, (int, float)) or not 0 <= clip < math.inf:
+        raise UsageError(f"{where}: gradient_clipping {clip!r}; a number of 0 (none) or more is "
+                         "needed.")
+    if "bfloat16" in ds_config:
+        raise UsageError(f"{where}: its section bfloat16 is read under the name bf16 alone; rename "
+                         "it.")
+    for name in ("bf16", "fp16"):
+        section = ds_config.get(name, {})
+        if not isinstance(section, dict) or section.get("enabled", False) not in (True, False):
+            raise UsageError(f'{where}: {name} {section!r}; {{"enabled": true}} or '
+                             '{"enabled": false} is needed.')
+
+    # DeepSpeed's own checks. The batch sizes are left out, because the flags say them.
+    settings = copy.deepcopy(ds_config)
+    for name in ("train_batch_size", "gradient_accumulation_steps"):
+        settings.pop(name, None)
+    settings["train_micro_batch_size_per_gpu"] = 1
+    try:
+        deepspeed.DeepSpeedConfig(settings)
+    except Exception as error:  # of any kind, because each of its sections raises its own
+        reason = " ".join(str(error).split()).split(" For further information")[0][:300]
+        raise UsageError(f"{where}: DeepSpeed refuses it ({reason}).") from error
+
+    # What is offloaded must be sharded.
+    zero = ds_config["zero_optimization"]
+    for part, least in (("optimizer", 1), ("param", 3)):
+        section = zero.get(f"offload_{part}") or {}
+        if section.get("device", "none") != "none" and zero["stage"] < least:
+            raise UsageError(f"{where}: offload_{part} needs ZeRO stage {least} or more, and the "
+                             f"stage is {zero['stage']}.")
 
 
 def compute_dtype(ds_config):

@@ -7,9 +7,11 @@ import copy
 import functools
 import importlib.util
 import inspect
+import itertools
 import math
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -65,10 +67,19 @@ def import_file(name, path):
     sys.path.append(str(Path(path).resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's file raises
-        raise UsageError(f"--reward_fn {name}: importing {path} fails: {type(error).__name__}: "
-                         f"{error}.") from error
+    except (Exception, SystemExit) as error:  # whatever a user's file raises
+        raise UsageError(f"--reward_fn {name}: importing {path} fails: "
+                         f"{what_came(error)}.") from error
     return module
+
+
+def what_came(error):
+    """An exception of a user's code -> its type and what it says, in one line of 300 letters."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # a message is made by the user's code too
+        text = "(its message cannot be made)"
+    return f"{type(error).__name__}: {text[:300]}"
 
 
 class RewardFunction:
@@ -104,20 +115,25 @@ class RewardFunction:
         try:
             # The function gets copies, because what it changes must not change the training data.
             returned = self.function(**copy.deepcopy(arguments))
-        except Exception as error:  # whatever a user's function raises
+            if isinstance(returned, Iterator):
+                # One more than is needed shows that there are too many, and a generator may be
+                # endless.
+                returned = list(itertools.islice(returned, len(answers) + 1))
+        except (Exception, SystemExit) as error:  # whatever a user's function raises
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise UsageError(
                 f"--reward_fn {self.name} failed in {place.filename}, line {place.lineno}: "
-                f"{type(error).__name__}: {error}. The columns it was given: {columns}.") from error
+                f"{what_came(error)}. The columns it was given: {columns}.") from error
         try:
             # None is TRL's "does not apply to this answer", which here earns 0.
             scores = [0.0 if score is None else float(score) for score in returned]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, ArithmeticError, RuntimeError):
             scores = []
         if len(scores) != len(answers):
+            shown = " ".join(str(returned).split())[:100]
             raise UsageError(
                 f"--reward_fn {self.name} must return a list of {len(answers)} numbers, one an "
-                f"answer; {type(returned).__name__} {str(returned)[:100]} came.")
+                f"answer; {type(returned).__name__} {shown} came.")
         for score, answer in zip(scores, answers):
             if not math.isfinite(score):
                 raise UsageError(f"--reward_fn {self.name} gave {score} to the answer "

@@ -26,7 +26,8 @@ def read_text(path):
         raise UsageError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as "
                          "UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} cannot be read: {reason}.") from error
 
 
 def read_parquet(path):
@@ -41,12 +42,41 @@ def read_csv(path):
     text = read_text(path)
     # The default limit of a field, 131,072 characters, is less than a long dialogue.
     csv.field_size_limit(2**31 - 1)
-    rows = list(csv.DictReader(io.StringIO(text)))
+    try:
+        check_csv(path, text)
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise UsageError(f"{path} cannot be read as CSV: {error}.") from error
     for number, row in enumerate(rows, 1):
         if None in row:  # DictReader's key of fields beyond the header's
             raise UsageError(f"{path}, row {number} has more fields than the header; text that "
                              "holds commas needs quotes around it.")
     return rows
+
+
+def check_csv(path, text):
+    """Raises UsageError for a header without columns, and for a quote that is never closed."""
+    reader = csv.reader(io.StringIO(text), strict=True)
+    header = []
+    last_line = 0
+    try:
+        for row in reader:
+            header = header or row
+            last_line = reader.line_num
+    except csv.Error as error:
+        # Of the strict reader's complaints only this one counts, because here all that follows the
+        # quote was taken for one field. The others are read as people mean them.
+        if "end of data" in str(error):
+            raise UsageError(f"{path}, line {last_line + 1}: a quote opens a field there and none "
+                             "closes it; a quote within such a field is written twice.") from error
+    repeated = [name for name in header if name and header.count(name) > 1]
+    if repeated:
+        raise UsageError(f"{path}: its header names the column {repeated[0]} twice; give each "
+                         "column a name of its own.")
+    for separator in (";", "\t"):
+        if len(header) == 1 and separator in header[0]:
+            raise UsageError(f"{path}: its header {header[0]!r} has no comma; save the file with "
+                             f"commas, not {separator!r}, between its columns.")
 
 
 def read_json(path):
@@ -147,9 +177,12 @@ def read_dataset(name, config, split, revision):
             dataset = load_from_hub(name, config, revision)
     except Exception as error:  # of any kind, because the hub's client raises many
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UsageError(f"{name} is neither a local file or folder nor a dataset that could be "
-                         f"fetched from the hub ({reason}). Where a set has several configs or "
-                         "splits, name:config/split@revision says which is meant.") from error
+        fault = (f"{name} is neither a local file or folder nor a dataset that could be fetched "
+                 f"from the hub ({reason}).")
+        if os.path.isdir(name):
+            fault = f"{name}: the `datasets` library cannot read this folder ({reason})."
+        raise UsageError(f"{fault} Where a set has several configs or splits, "
+                         "name:config/split@revision says which is meant.") from error
 
     wanted = split or "train"
     if wanted not in dataset:
@@ -198,8 +231,23 @@ def read_source(source):
         if is_saved or is_clone:
             return read_dataset(name, config, split, revision)
         return read_folder(name, split)
-    endings = (".json", ".jsonl", ".gz", ".csv", ".parquet")
-    if source.startswith((".", "/", "~")) or source.endswith(endings):
-        raise UsageError(f"{source} does not exist. --data_path takes toy, a file, a folder or a "
-                         "dataset's hub name.")
+    check_missing(source, name)
     return read_dataset(name, config, split, revision)
+
+
+def check_missing(source, name):
+    """Raises UsageError for a --data_path entry that is no folder and cannot be a hub's name."""
+    accepted = "--data_path takes toy, a file, a folder or a dataset's hub name."
+    if os.path.exists(source):
+        raise UsageError(f"{source} is a pipe or a device, and every stage and process reads its "
+                         "data again; save them in a file.")
+    if "://" in source:
+        raise UsageError(f"{source}: an address is not read; download the file, or name the "
+                         "dataset as owner/name.")
+    if os.path.isfile(name):
+        raise UsageError(f"{source}: a file has no splits or revisions; name {name} alone.")
+    if os.path.islink(source):
+        raise UsageError(f"{source} is a link to {os.readlink(source)}, which does not exist.")
+    endings = (".json", ".jsonl", ".gz", ".csv", ".parquet", "/")
+    if not name or source.startswith((".", "/", "~")) or source.endswith(endings):
+        raise UsageError(f"{source} does not exist. {accepted}")

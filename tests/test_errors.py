@@ -7,6 +7,7 @@ take longer than they do.
 """
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -14,8 +15,12 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 
+import chat
+import step1_sft
 from conftest import ROOT, clean_environment
+from support.flags import UsageError, exit_on_usage_error, parse_config
 
 CASES = {  # name: (command line, what the sentence must name)
     # data
@@ -30,7 +35,7 @@ CASES = {  # name: (command line, what the sentence must name)
     "ragged CSV": ("step1_sft.py --data_path ragged.csv", ["ragged.csv", "row 2", "fields"]),
     "wrong columns": ("step1_sft.py --data_path columns.jsonl",
                       ["columns.jsonl", "ask, reply", "prompt, chosen, rejected"]),
-    "not text": ("step1_sft.py --data_path nulls.jsonl", ["nulls.jsonl, row 2"]),
+    "not text": ("step1_sft.py --data_path nulls.jsonl", ["nulls.jsonl, row 1"]),
     "empty file": ("step1_sft.py --data_path empty.jsonl", ["empty.jsonl is empty"]),
     "empty CSV": ("step1_sft.py --data_path empty.csv", ["empty.csv is empty"]),
     "folder without train": ("step1_sft.py --data_path folder", ["folder", "train"]),
@@ -166,10 +171,93 @@ CASES = {  # name: (command line, what the sentence must name)
                                  ["--output_dir /proc/nope"]),
     "output that is a file": ("step1_sft.py --data_path answers.jsonl SMALL --output_dir notes.txt",
                               ["notes.txt", "--output_dir"]),
+    "infinity": ("step1_sft.py --learning_rate inf", ["--learning_rate inf", "finite"]),
+    "no number for the adapters": ("step1_sft.py --lora_dim 4 --lora_alpha nan",
+                                   ["--lora_alpha nan", "at least 0"]),
+    "a weight without end": ("PPO --reward_weights inf", ["--reward_weights inf", "finite"]),
+    "weights that are all 0": ("PPO --reward_weights 0", ["--reward_weights", "all 0"]),
+    "a device of no speed": ("step1_sft.py --dry_run --device_tflops 0",
+                             ["--device_tflops 0.0", "over 0"]),
+    "a device that pays": ("step1_sft.py --dry_run --device_price -4",
+                           ["--device_price -4.0", "at least 0"]),
+    "more epochs than can be counted": ("step1_sft.py --num_train_epochs 99999999999999999999",
+                                        ["--num_train_epochs", "1000000000"]),
+    "more memory than there is": ("PPO --num_generations 1000000000000",
+                                  ["more memory", "batch sizes", "--dry_run"]),
+    "a blank source": ("step1_sft.py --data_path EMPTY", ["--data_path ''", "shell variable"]),
+    "a blank folder": ("step1_sft.py --output_dir EMPTY", ["--output_dir ''", "shell variable"]),
+    "adapters' layers without adapters": ("step1_sft.py --lora_module_name q_proj",
+                                          ["--lora_module_name q_proj", "--lora_dim"]),
+    "a flag in capitals": ("step1_sft.py --LEARNING_RATE 1", ["did you mean --learning_rate?"]),
+    "a flag behind --": ("step1_sft.py -- --max_steps 1", ["--max_steps behind --"]),
+    "a flag that is another's default": ("step1_sft.py --packing", ["--packing", "nothing"]),
+    "LoRA on the reward head": ("step2_reward.py --data_path pairs.jsonl SMALL --lora_dim 4 "
+                                "--model_name_or_path LM --lora_module_name score", ["head"]),
+    # data
+    "a quote that is never closed": ("step1_sft.py --data_path open.csv",
+                                     ["open.csv, line 3", "quote"]),
+    "semicolons": ("step1_sft.py --data_path semicolon.csv", ["'prompt;response'", "comma"]),
+    "a column twice": ("step1_sft.py --data_path twice.csv", ["twice.csv", "prompt twice"]),
+    "an address": ("step1_sft.py --data_path https://huggingface.co/datasets/a/b",
+                   ["https://huggingface.co/datasets/a/b: an address", "owner/name"]),
+    "a split of a file": ("step1_sft.py --data_path answers.jsonl:train",
+                          ["answers.jsonl:train", "no splits"]),
+    "a link to nothing": ("step1_sft.py --data_path dead.jsonl", ["dead.jsonl", "/nowhere.jsonl"]),
+    "a device": ("step1_sft.py --data_path /dev/zero", ["/dev/zero is a pipe or a device"]),
+    "a saved set that is broken": ("step1_sft.py --data_path saved",
+                                   ["saved: the `datasets` library cannot read this folder"]),
+    # models
+    "a file as model": ("SFT --model_name_or_path model.gguf", ["model.gguf: a file", "folder"]),
+    "an address as model": ("SFT --model_name_or_path https://huggingface.co/gpt2",
+                            ["https://huggingface.co/gpt2: an address", "owner/name"]),
+    "no such folder here": ("SFT --model_name_or_path ./nowhere", ["./nowhere: no such folder"]),
+    "weights of another shape": ("SFT --model_name_or_path other_shape",
+                                 ["other_shape", "fc1.bias has the shape (64,)", "(96,)"]),
+    "an unknown activation": ("SFT --model_name_or_path other_activation",
+                              ["other_activation: its weights could not be loaded", "swoosh"]),
+    "an encoder": ("SFT --model_name_or_path encoder", ["encoder: a model of type bert"]),
+    "adapters alone": ("SFT --model_name_or_path adapters", ["adapters holds LoRA adapters"]),
+    "a deviation in words": ("PPO --critic_model_name_or_path wordy",
+                             ["wordy", "score_std 'large'", "finite numbers"]),
+    "chat with weights of another shape": ("chat.py --path other_shape",
+                                           ["--path other_shape: no language model"]),
+    "chat with an encoder": ("chat.py --path encoder", ["encoder", "bert"]),
+    "chat with another model's tokenizer": ("chat.py --path few_embeddings",
+                                            ["few_embeddings", "another model's tokenizer"]),
+    "chat at no temperature": ("chat.py --path LM --prompt Hi --temperature 1e-320",
+                               ["probabilities", "--temperature 1e-320"]),
+    "chat from no seed": ("chat.py --path LM --seed -1", ["--seed -1", "from 0"]),
+    # rewards
+    "a reward file that exits": ("PPO --reward_fn exits.py:f", ["exits.py", "SystemExit: 3"]),
+    "a reward function that exits": ("PPO --reward_fn reward.py:exits",
+                                     ["reward.py:exits failed", "SystemExit: 4"]),
+    "rewards without end": ("PPO --reward_fn reward.py:endless",
+                            ["reward.py:endless must return a list of 4 numbers"]),
+    "rewards that fail while they are read": ("PPO --reward_fn reward.py:fails_later",
+                                              ["reward.py:fails_later", "ZeroDivisionError"]),
+    "a reward too large for a float": ("PPO --reward_fn reward.py:huge",
+                                       ["reward.py:huge must return a list of 4 numbers"]),
+    "an error of several lines": ("PPO --reward_fn reward.py:talks",
+                                  ["ValueError: first second", "chosen, rejected"]),
+    "an error that cannot be said": ("PPO --reward_fn reward.py:mute", ["Mute: (its message"]),
 }
 SMALL = "--per_device_train_batch_size 2 --max_seq_len 64 --max_prompt_seq_len 32 --max_answer_seq_len 8 --max_steps 1"
 BATCH = ("--per_device_generation_batch_size 4 --per_device_train_batch_size 4 --max_prompt_seq_len 32 "
          "--max_answer_seq_len 8 --max_steps 1")
+SFT = f"step1_sft.py --data_path answers.jsonl {SMALL}"
+PPO = ("step3_ppo.py --actor_model_name_or_path LM --critic_model_name_or_path REWARD --data_path "
+       f"answers.jsonl {BATCH}")
+REWARDS = """
+import itertools, sys
+class Mute(Exception):
+    def __str__(self): raise ValueError
+def exits(prompts, completions, **columns): sys.exit(4)
+def endless(prompts, completions, **columns): return itertools.repeat(1.0)
+def fails_later(prompts, completions, **columns): return (1 / 0 for _ in completions)
+def huge(prompts, completions, **columns): return [10**400 for _ in completions]
+def talks(prompts, completions, **columns): raise ValueError("first\\nsecond")
+def mute(prompts, completions, **columns): raise Mute
+"""
 
 DRIVER = """
 import json, os, runpy, sys, time, traceback
@@ -214,9 +302,14 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
             "ragged.csv": 'prompt,response\nHi,Hello\nHi,Hello, you\n',
             "prompts.jsonl": "\n".join(json.dumps({"prompt": row["prompt"]}) for row in rows),
             "columns.jsonl": '{"ask": "Hi", "reply": "Hello"}',
-            "nulls.jsonl": lines[0] + '\n{"prompt": null, "response": "x"}\n', "empty.jsonl": "\n",
+            "nulls.jsonl": 2 * '{"prompt": null, "response": "x"}\n', "empty.jsonl": "\n",
             "empty.csv": "prompt,response\n", "one.jsonl": "\n".join(lines[:1] * 20),
-            "folder/notes.txt": "Hello!"}.items():
+            "folder/notes.txt": "Hello!", "saved/state.json": "{", "model.gguf": "GGUF",
+            "pairs.jsonl": "\n".join(json.dumps({"prompt": row["prompt"], "chosen": "Yes.",
+                                                 "rejected": "No."}) for row in rows),
+            "open.csv": 'prompt,response\nHi,Hello\n"Ho,Hey\nHu,Hi\n',
+            "semicolon.csv": "prompt;response\nHi;Hello\n", "twice.csv": "prompt,prompt\nHi,Ho\n",
+            "exits.py": "import sys\nsys.exit(3)\n", "reward.py": REWARDS}.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -226,6 +319,20 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
     shutil.copytree(model_folders["lm"], folder / "cut_weights")
     os.truncate(folder / "cut_weights" / "model.safetensors", 5000)
     shutil.copytree(model_folders["reward"], folder / "other_words")
+    (folder / "dead.jsonl").symlink_to("/nowhere.jsonl")
+    bert = transformers.BertConfig(vocab_size=len(tokenizer)).to_dict()
+    for name, start, changes in (
+            ("other_shape", "lm", {"ffn_dim": 96}), ("few_embeddings", "lm", {}),
+            ("other_activation", "lm", {"activation_function": "swoosh"}), ("encoder", "lm", bert),
+            ("wordy", "reward", {"score_mean": 0.0, "score_std": "large"}),
+            ("adapters", "lm", {})):
+        shutil.copytree(model_folders[start], folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        (folder / name / "config.json").write_text(json.dumps({**config, **changes}))
+    (folder / "adapters" / "adapter_config.json").write_text("{}")
+    few = transformers.OPTConfig(vocab_size=20, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32,
+                                 num_hidden_layers=1, num_attention_heads=4, pad_token_id=3)
+    transformers.OPTForCausalLM(few).save_pretrained(folder / "few_embeddings")
     vocabulary = json.loads((folder / "other_words" / "tokenizer.json").read_text())
     (folder / "other_words" / "tokenizer.json").write_text(json.dumps({
         **vocabulary, "added_tokens": vocabulary["added_tokens"] + [
@@ -237,9 +344,12 @@ def workplace(tmp_path_factory, model_folders, tokenizer):
 @pytest.fixture(scope="module")
 def outcomes(workplace, model_folders):
     """name of a case -> (exit code, seconds without imports, output)"""
-    commands = {name: [model_folders[word.lower()] if word in ("LM", "REWARD") else word
-                       for word in line.replace("BATCH", BATCH).replace("SMALL", SMALL).split()]
-                for name, (line, _) in CASES.items()}
+    commands = {}
+    stands_for = {"LM": model_folders["lm"], "REWARD": model_folders["reward"], "EMPTY": ""}
+    for name, (line, _) in CASES.items():
+        for short, long in (("SFT ", SFT), ("PPO ", PPO), ("BATCH", BATCH), ("SMALL", SMALL)):
+            line = line.replace(short, f"{long} ")
+        commands[name] = [stands_for.get(word, word) for word in line.split()]
     (workplace / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run([sys.executable, "-c", DRIVER, str(ROOT)], cwd=workplace, env=clean_environment(),
                           stdout=subprocess.PIPE, text=True, timeout=300, check=True)
@@ -261,7 +371,8 @@ def assert_one_sentence(code, output, script, named):
 def test_bad_input_ends_in_one_sentence(outcomes, name):
     line, named = CASES[name]
     code, seconds, output = outcomes[name]
-    assert_one_sentence(code, output, line.split()[0], named)
+    script = {"SFT": "step1_sft.py", "PPO": "step3_ppo.py"}.get(line.split()[0], line.split()[0])
+    assert_one_sentence(code, output, script, named)
     assert seconds < 10, "at once; nothing is trained or waited for before"
 
 
@@ -311,3 +422,53 @@ def test_run_all_keeps_the_stages_together(run_script):
     """They read each other's models below one --output_dir."""
     code, output = run_script("run_all.sh", "tiny", "cpu", env={"STEP1_ARGS": "--output_dir elsewhere"})
     assert_one_sentence(code, output, "run_all.sh", ["--output_dir", "all three stages"])
+
+
+# -----------------------------------------------------------------------------
+# what no command line can show
+
+def test_an_argument_that_is_not_utf8():
+    with pytest.raises(UsageError, match=r"'caf\\udce9.jsonl' is not UTF-8"):
+        parse_config(step1_sft.Config, "", ["--data_path", "caf\udce9.jsonl"])
+
+
+def test_the_sentence_comes_without_standard_output_and_with_an_odd_rank(monkeypatch, capsys):
+    """`>&-` closes standard output, and Python has None there."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setenv("LOCAL_RANK", "zero")
+    with pytest.raises(SystemExit) as end, exit_on_usage_error():
+        raise UsageError("a fault.")
+    assert end.value.code == 2
+    assert "error: a fault." in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough():
+    """`python data.py | head -1` ends without a word."""
+    program = ("from support.flags import exit_on_usage_error\nwith exit_on_usage_error():\n"
+               "    for _ in range(100_000): print('Hello')")
+    done = subprocess.run(["bash", "-c", f'{sys.executable} -c "{program}" | head -1; '
+                           "exit ${PIPESTATUS[0]}"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (141, "Hello\n")
+    assert "Error" not in done.stderr
+
+
+def test_chat_hears_bytes_that_are_no_text(model_folders, monkeypatch, capsys):
+    config = chat.Config(path=model_folders["lm"], max_new_tokens=2)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/quit\n"), "utf-8"))
+    chat.main(config)
+    assert "Assistant:" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="standard input is closed"):
+        chat.main(config)
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "is empty"), ("1\n", "is not of a PPO run"),
+    ('{"objective/kl": "small"}\n', "line 1: objective/kl is 'small'")])
+def test_the_doctor_reads_metrics_alone(tmp_path, text, said):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(text)
+    done = subprocess.run([sys.executable, ROOT / "support" / "doctor.py", file], text=True,
+                          capture_output=True)
+    assert done.returncode == 2
+    assert_one_sentence(done.returncode, done.stderr, "doctor.py", [said])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import step3_ppo
 from data import Collator, MicroBatches, pad
 from hybrid_engine import train_engine, train_step
+from support.flags import UsageError
 from support.models import LanguageModel, RewardModel, last_token
 from support.processes import device
 from step1_sft import Config as SFTConfig
@@ -134,6 +135,13 @@ def test_evaluation_of_pairs_by_hand():
                                   "calibration_error": 2 * (certainty - 0.5) / 3,
                                   "length_correlation": correlation.item(),
                                   "score_mean": scores.mean().item(), "score_std": scores.std(correction=0).item()})
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_evaluation_of_broken_scores_is_a_sentence(broken):
+    batch = {"loss_mask": torch.ones(2, 3), "scores": tensor(broken, 1.0).to(device())}
+    with pytest.raises(UsageError, match="held-out pairs: .* no finite number"):
+        evaluate(lambda batch: batch["scores"].chunk(2), [batch])
 
 
 def test_calibration_error_by_hand():

@@ -9,9 +9,14 @@ import json
 import os
 import pickle
 import random
+import resource
+import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -84,6 +89,21 @@ def test_a_second_ctrl_c_ends_at_once(folder, process_group, monkeypatch, capsys
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_two_signals_before_the_first_step_are_one_exit(process_group):
+    """A Ctrl-C goes to all processes of a terminal, and DeepSpeed's launcher adds a SIGTERM."""
+    child = os.fork()
+    if child == 0:
+        checkpoints.StopSignal().watch()
+        try:
+            told(signal.SIGINT)
+        except SystemExit:
+            with suppress(SystemExit):
+                told(signal.SIGTERM)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 143
+
+
 def test_before_the_first_step_nothing_is_left(folder, process_group, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         tell_in(patch, step1_sft, "load_language_model")
@@ -148,7 +168,109 @@ def test_run_all_hands_a_signal_to_the_ranks_and_says_so(rank_code, code, said, 
 
 
 # -----------------------------------------------------------------------------
+# full disks, deleted folders, dead ranks
+
+def small_sft(folder, out, **flags):
+    """The command line of a small SFT run."""
+    flags = {"output_dir": out, "data_path": folder / "rows.jsonl", "data_split": "1,1,1",
+             "model_name_or_path": folder / "actor", "deepspeed_config": folder / "ds.json",
+             "max_seq_len": 96, "max_prompt_seq_len": 80, "max_answer_seq_len": 8,
+             "max_eval_samples": 4, "per_device_train_batch_size": 4, **flags}
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+def test_a_disk_that_is_full_for_the_log_is_a_sentence(folder, run_script):
+    """/dev/full is a file of a full disk: it can be opened, and nothing can be written."""
+    (folder / "log-full" / "sft").mkdir(parents=True)
+    (folder / "log-full" / "sft" / "metrics.jsonl").symlink_to("/dev/full")
+    code, output = run_script(
+        "step1_sft.py", *small_sft(folder, folder / "log-full", max_steps=3, save_steps=1))
+    assert code == 2 and "Traceback" not in output, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("step1_sft.py: error: rank 0: [Errno 28] No space left on device"), last
+    assert "Make room. The same command with --resume goes on" in last
+
+
+def test_a_checkpoint_that_has_no_room_says_so(tmp_path):
+    """And not torch's "enforce fail at inline_container.cc", of which it was the cause."""
+    writer = checkpoints.DurableWriter(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))  # bytes
+    try:
+        writer.save([torch.ones(30_000)], tmp_path / "random-0.pt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert writer.error == "[Errno 27] File too large"
+
+
+def test_a_folder_that_was_deleted_is_a_sentence(folder, process_group, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda: shutil.rmtree(folder / "deleted" / "sft"))
+        with pytest.raises(UsageError, match="checkpoint-3 could not be written: .*No such file"):
+            train(step1_sft, folder, "deleted")
+    train(step1_sft, folder, "deleted", resume=True)
+
+
+def test_a_rank_that_is_gone_is_a_sentence_of_the_others(folder):
+    """One of two processes is killed, as the system does where memory runs out."""
+    command = [sys.executable, ROOT / "step1_sft.py",
+               *small_sft(folder, folder / "gone", max_steps=9999)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in "01":
+        environment = {**clean_environment(), "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE,
+                                      stderr=subprocess.STDOUT))
+    log = folder / "gone" / "sft" / "metrics.jsonl"
+    while ranks[1].poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.05)
+    ranks[1].kill()
+    ranks[1].communicate()
+    output = ranks[0].communicate(timeout=60)[0]
+    assert ranks[0].returncode == 1 and "Traceback" not in output, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("step1_sft.py: error: rank 0: another rank of this run is gone"), last
+
+
+def test_a_port_that_another_run_has_is_a_sentence(folder, run_script):
+    """`deepspeed` gives every run the port 29500."""
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        code, output = run_script(
+            "step1_sft.py", *small_sft(folder, folder / "port"),
+            env={"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(port)})
+    assert code == 2 and "Traceback" not in output, output
+    assert f"error: port {port} of this host is in use" in output.strip().splitlines()[-1]
+
+
+# -----------------------------------------------------------------------------
 # a finished model
+
+def test_new_weights_never_lie_beside_an_older_config(folder, process_group, monkeypatch):
+    """A run is killed when its weights have taken their name, and its config.json has not."""
+    train(step1_sft, folder, "mixed", max_steps=2)
+    replace = os.replace
+
+    def die_before_config(source, target):
+        if os.path.basename(target) == "config.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die_before_config)
+        with pytest.raises(KeyboardInterrupt):
+            train(step1_sft, folder, "mixed", max_steps=2, overwrite_output_dir=True)
+    sft = folder / "mixed" / "sft"
+    assert checkpoints.what_a_model_lacks(sft) == "config.json is missing"
+    train(step1_sft, folder, "mixed", max_steps=2, resume=True)
+    assert checkpoints.what_a_model_lacks(sft) is None and not (sft / ".saving").exists()
+
 
 def test_a_finished_model_is_not_overwritten_without_a_word(folder, process_group, monkeypatch):
     flags = dict(max_steps=2, save_steps=0)
@@ -179,10 +301,10 @@ def test_run_all_finds_a_finished_model_of_the_last_stage_before_the_first(tmp_p
     (tmp_path / "actor" / "run_config.json").write_text("{}")
     flags = ["--output_dir", str(tmp_path)]
     with pytest.raises(SystemExit, match="2"):
-        run_all.check(["step1_sft", *flags, "--", "step3_ppo", *flags])
+        run_all.check("cpu", ["step1_sft", *flags, "--", "step3_ppo", *flags])
     assert "actor holds the finished model of an earlier run" in capsys.readouterr().err
     for way_out in ("--resume", "--overwrite_output_dir", "--dry_run"):
-        run_all.check(["step3_ppo", *flags, way_out])
+        run_all.check("cpu", ["step3_ppo", *flags, way_out])
 
 
 def test_a_model_that_is_not_whole_is_not_done(folder, process_group, capsys):
@@ -192,6 +314,7 @@ def test_a_model_that_is_not_whole_is_not_done(folder, process_group, capsys):
     for damage, named in (
             (lambda: cut(sft / "model.safetensors"), "model.safetensors is not whole"),
             (lambda: (sft / "model.safetensors").unlink(), "model.safetensors is missing"),
+            (lambda: (sft / "tokenizer.json").unlink(), "tokenizer.json is missing"),
             (lambda: (sft / "config.json").unlink(), "config.json is missing")):
         damage()
         train(step1_sft, folder, "broken", resume=True)
@@ -207,7 +330,8 @@ def test_what_a_model_in_several_files_lacks(tmp_path):
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for name in names:
         save_file({name: torch.ones(3)}, tmp_path / name)
-    (tmp_path / "config.json").write_text("{}")
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_text("{}")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1]}}))
     assert checkpoints.what_a_model_lacks(tmp_path) is None
@@ -377,7 +501,10 @@ def test_random_states_are_plain_numbers(older, tmp_path):
 
 
 def test_a_compile_that_was_killed_is_not_waited_for(process_group, tmp_path, monkeypatch, capfd):
-    """torch would wait for its lock for ever; a lock that is fresh may be another process's, and stays."""
+    """
+    torch would wait for its lock for ever; a lock that is fresh may be another process's, and
+    stays.
+    """
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
     lock.parent.mkdir(parents=True)
