@@ -16,7 +16,6 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -89,19 +88,25 @@ def test_a_second_ctrl_c_ends_at_once(folder, process_group, monkeypatch, capsys
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_two_signals_before_the_first_step_are_one_exit(process_group):
+TWO_SIGNALS = """
+import os, signal
+from support.checkpoints import StopSignal
+StopSignal().watch()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except SystemExit:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit:
+        pass
+"""
+
+
+def test_two_signals_before_the_first_step_are_one_exit():
     """A Ctrl-C goes to all processes of a terminal, and DeepSpeed's launcher adds a SIGTERM."""
-    child = os.fork()
-    if child == 0:
-        checkpoints.StopSignal().watch()
-        try:
-            told(signal.SIGINT)
-        except SystemExit:
-            with suppress(SystemExit):
-                told(signal.SIGTERM)
-        os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 143
+    ended = subprocess.run([sys.executable, "-c", TWO_SIGNALS], cwd=ROOT, timeout=300,
+                           env=clean_environment())
+    assert ended.returncode == 143
 
 
 def test_before_the_first_step_nothing_is_left(folder, process_group, monkeypatch, capsys):
