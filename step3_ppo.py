@@ -428,6 +428,38 @@ class Experience:
     advantages: torch.Tensor      # (B, R) gae's and reinforce's are whitened over all ranks
     returns: torch.Tensor | None  # (B, R) value targets, from the advantages before whitening
 
+    def take(self, rows):
+        """-> Experience of the rows (a tensor of numbers), without columns that all of them pad."""
+        R = self.mask.size(1)
+        columns, responses = columns_in_use(self.attention_mask[rows], R)
+        taken = {}
+        for name, value in vars(self).items():
+            if value is not None:
+                value = value[rows]
+            if name in ("tokens", "attention_mask"):
+                value = value[:, columns]
+            elif value is not None and value.ndim == 2:
+                value = value[:, responses]
+            taken[name] = value
+        return Experience(**taken)
+
+
+def by_length(attention_mask, size):
+    """(B, T) -> row numbers in micro-batches of `size` rows of similar length, the longest last."""
+    return attention_mask.sum(1).argsort(stable=True).split(size)
+
+
+def columns_in_use(attention_mask, R):
+    """
+    (b, P + R), the last R columns responses -> two slices, of all columns and of the R: those that
+    are not padding in every row. Prompts are padded on the left, responses on the right.
+    """
+    used = attention_mask.any(0).nonzero()
+    first = int(used[0])
+    end = int(used[-1]) + 1
+    P = attention_mask.size(1) - R
+    return slice(first, end), slice(0, end - P)
+
 
 class DeepSpeedPPOTrainer:
     """
@@ -529,8 +561,7 @@ class DeepSpeedPPOTrainer:
         scores_by_name = {}
         for name, scorer in self.models.scorers.items():
             if isinstance(scorer, torch.nn.Module):
-                values = scorer(rollout.tokens, attention_mask)
-                score = last_token(values, attention_mask)
+                score = self.reward_model_scores(scorer, rollout, attention_mask)
                 scores_by_name[name] = score.clamp(-args.reward_clip, args.reward_clip)
             elif records:
                 answers = decode_answers(self.models.tokenizer, rollout)
@@ -549,12 +580,22 @@ class DeepSpeedPPOTrainer:
         weighted = [weight * score for weight, score in zip(weights, scores_by_name.values())]
         return scores_by_name, sum(weighted)
 
+    def reward_model_scores(self, model, rollout, attention_mask):
+        """(B,): what a reward model says at the last token of each answer."""
+        def forward(tokens, attention_mask, _):
+            return [last_token(model(tokens, attention_mask), attention_mask)]
+
+        [scores] = self.in_micro_batches(forward, rollout.tokens, attention_mask, rollout.mask)
+        return scores
+
     def actor_and_ref_logprobs(self, tokens, attention_mask, mask):
         """-> logprobs, ref_logprobs, entropy: (B, R) float32, nats, by the training forward."""
-        inputs = (tokens, attention_mask, mask, self.args.temperature)
-        logprobs, entropy = self.models.actor(*inputs)
-        ref_logprobs, _ = self.models.ref(*inputs)
-        return logprobs, ref_logprobs, entropy
+        def forward(*inputs):
+            logprobs, entropy = self.models.actor(*inputs, self.args.temperature)
+            ref_logprobs, _ = self.models.ref(*inputs, self.args.temperature)
+            return logprobs, ref_logprobs, entropy
+
+        return self.in_micro_batches(forward, tokens, attention_mask, mask)
 
     def rewards(self, scores, logprobs, ref_logprobs, mask):
         """(B, R): shape_rewards with the KL coefficient of now; preflight asks for them too."""
@@ -562,8 +603,34 @@ class DeepSpeedPPOTrainer:
 
     def critic_values(self, tokens, attention_mask, mask):
         """(B, R): the critic's value of the state before each response token (a column earlier)."""
-        R = mask.size(1)
-        return self.models.critic(tokens, attention_mask)[:, -R - 1:-1] * mask
+        def forward(tokens, attention_mask, mask):
+            R = mask.size(1)
+            return [self.models.critic(tokens, attention_mask)[:, -R - 1:-1] * mask]
+
+        [values] = self.in_micro_batches(forward, tokens, attention_mask, mask)
+        return values
+
+    @torch.no_grad()
+    def in_micro_batches(self, forward, tokens, attention_mask, mask):
+        """
+        forward(tokens, attention_mask, mask) -> tensors (B,) or (B, R), computed for
+        --per_device_train_batch_size rows of similar length at a time, since a rollout may have
+        many more rows than memory has room for. Nothing carries a gradient.
+        """
+        B, R = mask.shape
+        whole = []
+        for rows in by_length(attention_mask, self.args.per_device_train_batch_size):
+            columns, responses = columns_in_use(attention_mask[rows], R)
+            parts = forward(tokens[rows][:, columns], attention_mask[rows][:, columns],
+                            mask[rows][:, responses])
+            if not whole:
+                whole = [part.new_zeros((B, R) if part.ndim == 2 else B) for part in parts]
+            for tensor, part in zip(whole, parts):
+                if part.ndim == 2:
+                    tensor[rows, responses] = part
+                else:
+                    tensor[rows] = part
+        return whole
 
     def advantages_and_targets(self, rewards, values, scores, mask):
         """-> advantages, and the critic's targets (None without a critic), both (B, R)."""
@@ -637,18 +704,19 @@ class DeepSpeedPPOTrainer:
             # 1. The rows are dealt anew to minibatches.
             order = torch.randperm(len(x.tokens)).to(x.tokens.device)
             for minibatch in order.split(args.minibatch_rows):
-                micro_batches = minibatch.split(args.per_device_train_batch_size)
+                micro_batches = [x.take(minibatch[rows]) for rows in by_length(
+                    x.attention_mask[minibatch], args.per_device_train_batch_size)]
                 # Losses are divided by the response tokens of the minibatch on all ranks.
                 [tokens] = all_sum(x.mask[minibatch].sum())
 
                 # 2. The actor's step, on its answers and on the text that is mixed in.
                 texts = next(unsupervised) if unsupervised else None
-                actor_norm = self.update_actor(x, micro_batches, tokens, texts, sums)
+                actor_norm = self.update_actor(micro_batches, tokens, texts, sums)
 
                 # 3. The critic's step.
                 critic_norm = None
                 if models.critic:
-                    critic_norm = self.update_critic(x, micro_batches, tokens, sums)
+                    critic_norm = self.update_critic(micro_batches, tokens, sums)
                 if models.ema:
                     models.ema.update()
 
@@ -672,17 +740,17 @@ class DeepSpeedPPOTrainer:
         self.metrics["tokens_per_second"] = total["tokens_read"] / seconds
         return mean_actor_loss, mean_critic_loss
 
-    def update_actor(self, x, micro_batches, tokens, texts, sums):
+    def update_actor(self, micro_batches, tokens, texts, sums):
         """
         One optimizer step -> the gradient's norm before clipping.
 
-        micro_batches  row numbers of the Experience x
+        micro_batches  Experiences
         tokens         response tokens of the minibatch on all ranks
         texts          as many batches of data.Collator(1), or None
         """
         if texts is None:
-            def loss_sum(rows):
-                return self.policy_loss(x, rows, sums)
+            def loss_sum(x):
+                return self.policy_loss(x, sums)
         else:
             texts = [to_device(text) for text in texts]
             [text_tokens] = all_sum(sum(text["loss_mask"][:, 1:].sum() for text in texts))
@@ -690,9 +758,9 @@ class DeepSpeedPPOTrainer:
             text_weight = self.args.unsup_coef * tokens / text_tokens
             micro_batches = list(zip(micro_batches, texts))
 
-            def loss_sum(rows_and_text):
-                rows, text = rows_and_text
-                loss = self.policy_loss(x, rows, sums)
+            def loss_sum(answers_and_text):
+                x, text = answers_and_text
+                loss = self.policy_loss(x, sums)
                 return loss + text_weight * self.text_loss(text, sums)
 
         loss, norm = train_step(self.models.actor, micro_batches, loss_sum, tokens)
@@ -700,26 +768,23 @@ class DeepSpeedPPOTrainer:
         sums.add(actor_loss=loss, updates=1 / dist.get_world_size())
         return norm
 
-    def update_critic(self, x, micro_batches, tokens, sums):
+    def update_critic(self, micro_batches, tokens, sums):
         """One optimizer step -> the gradient's norm before clipping. Arguments: update_actor's."""
         loss, norm = train_step(self.models.critic, micro_batches,
-                                lambda rows: self.value_loss(x, rows, sums), tokens)
+                                lambda x: self.value_loss(x, sums), tokens)
         sums.add(critic_loss=loss)
         return norm
 
-    def policy_loss(self, x, rows, sums):
-        """PPO's loss of an Experience's rows, summed over their tokens; statistics into sums."""
-        mask = x.mask[rows]
-        old_logprobs = x.logprobs[rows]
-        logprobs, _ = self.models.actor(x.tokens[rows], x.attention_mask[rows], mask,
-                                        self.args.temperature)
-        loss, clipped, approxkl = ppo_actor_loss(
-            logprobs, old_logprobs, x.advantages[rows], mask, self.args.cliprange)
-        log_ratio = (logprobs.detach() - old_logprobs).clamp(-20, 20)  # as in the loss
-        ratio = (log_ratio.exp() * mask).sum()
-        sums.add(clipped=clipped, approxkl=approxkl, ratio=ratio, tokens=mask.sum())
+    def policy_loss(self, x, sums):
+        """PPO's loss of an Experience, summed over its tokens; statistics into sums."""
+        logprobs, _ = self.models.actor(x.tokens, x.attention_mask, x.mask, self.args.temperature)
+        loss, clipped, approxkl = ppo_actor_loss(logprobs, x.logprobs, x.advantages, x.mask,
+                                                 self.args.cliprange)
+        log_ratio = (logprobs.detach() - x.logprobs).clamp(-20, 20)  # as in the loss
+        ratio = (log_ratio.exp() * x.mask).sum()
+        sums.add(clipped=clipped, approxkl=approxkl, ratio=ratio, tokens=x.mask.sum())
         if self.args.advantage == "grpo":
-            loss = loss + self.kl_coef * kl_loss_k3(logprobs, x.ref_logprobs[rows], mask)
+            loss = loss + self.kl_coef * kl_loss_k3(logprobs, x.ref_logprobs, x.mask)
         return loss
 
     def text_loss(self, text, sums):
@@ -730,15 +795,12 @@ class DeepSpeedPPOTrainer:
         sums.add(text_nats=nats.detach(), text_tokens=trained.sum())
         return nats
 
-    def value_loss(self, x, rows, sums):
-        """The critic's loss of an Experience's rows, summed over their tokens."""
-        mask = x.mask[rows]
-        returns = x.returns[rows]
-        R = mask.size(1)
-        values = self.models.critic(x.tokens[rows], x.attention_mask[rows])[:, -R - 1:-1]
-        loss, clipped = critic_loss(values, x.values[rows], returns, mask,
-                                    self.args.cliprange_value)
-        squared_error = ((values.detach() - returns).square() * mask).sum()
+    def value_loss(self, x, sums):
+        """The critic's loss of an Experience, summed over its tokens; statistics into sums."""
+        R = x.mask.size(1)
+        values = self.models.critic(x.tokens, x.attention_mask)[:, -R - 1:-1]
+        loss, clipped = critic_loss(values, x.values, x.returns, x.mask, self.args.cliprange_value)
+        squared_error = ((values.detach() - x.returns).square() * x.mask).sum()
         sums.add(clipped_values=clipped, squared_error=squared_error)
         return loss
 

@@ -51,7 +51,7 @@ PROMPT_LENGTHS = torch.tensor([2, 2, 3, 3, 1, 1, 2, 2])
 LENGTHS = [4, 2, 1, 3, 3, 4, 2, 1]
 WITHOUT_EOS = [0, 5]
 EOS_IDS = [2, 5]
-FIRST_ID = 100  # the token in column 0 is this plus the row's number, by which stand-ins know a row
+FIRST_ID = 100  # a prompt's first token is this plus the row's number, by which stand-ins know it
 
 GENERATOR = torch.Generator().manual_seed(5)
 
@@ -64,7 +64,8 @@ MASK = (torch.arange(R) < torch.tensor(LENGTHS)[:, None]).float()
 PROMPT_MASK = torch.arange(P) >= P - PROMPT_LENGTHS[:, None]
 REAL = torch.cat([PROMPT_MASK, MASK.bool()], 1).long()
 TOKENS = torch.randint(10, 90, (8, P + R), generator=GENERATOR)
-TOKENS[:, 0] = FIRST_ID + torch.arange(8)
+FIRST_COLUMNS = P - PROMPT_LENGTHS
+TOKENS[range(8), FIRST_COLUMNS] = FIRST_ID + torch.arange(8)
 for number, length in enumerate(LENGTHS):
     if number not in WITHOUT_EOS:
         TOKENS[number, P + length - 1] = EOS_IDS[number % 2]
@@ -84,17 +85,28 @@ ADVANTAGES = draw(8, R)
 RETURNS = OLD_VALUES + draw(8, R)
 
 
+def rows_of(tokens, attention_mask):
+    """-> the numbers of these rows, and the column in which their prompts begin."""
+    first = attention_mask.argmax(1)
+    return tokens.gather(1, first[:, None]).squeeze(1) - FIRST_ID, first
+
+
 class Given(torch.nn.Module):
-    """In the place of a language model (log-probabilities, entropies) or a reward model."""
+    """
+    In the place of a language model (log-probabilities, entropies) or a reward model. Columns that
+    all rows pad may be missing from what it is given, and then are from what it gives.
+    """
 
     def __init__(self, numbers):
         super().__init__()
         self.numbers = numbers
 
     def forward(self, tokens, attention_mask, mask=None, temperature=1.0):
-        numbers = self.numbers[tokens[:, 0] - FIRST_ID]
+        rows, first = rows_of(tokens, attention_mask)
         if mask is None:
-            return numbers
+            left = int((FIRST_COLUMNS[rows] - first)[0])
+            return self.numbers[rows, left:left + tokens.size(1)]
+        numbers = self.numbers[rows, :mask.size(1)]
         return numbers / temperature * mask, numbers.square() * mask
 
     def get_lr(self):
@@ -110,8 +122,8 @@ class GivenAnswers:
 
     def generate(self, input_ids, attention_mask, num_return_sequences, **options):
         self.calls.append({"num_return_sequences": num_return_sequences, **options})
-        first = input_ids[:, :1] - FIRST_ID
-        rows = (first + torch.arange(num_return_sequences)).flatten()
+        first, _ = rows_of(input_ids, attention_mask)
+        rows = (first[:, None] + torch.arange(num_return_sequences)).flatten()
         return Rollout(TOKENS[rows], SAMPLED[rows], MASK[rows])
 
     def seeds(self):
@@ -321,9 +333,9 @@ def check_update(trainer, patch, own_rows, all_rows):
     events = []
 
     def train_step(engine, micro_batches, loss_sum, count):
-        numbers = [own_rows[place] for rows in micro_batches for place in rows.tolist()]
+        numbers = [int(row) for x in micro_batches for row in rows_of(x.tokens, x.attention_mask)[0]]
         events.append(("actor" if engine is trainer.models.actor else "critic", numbers))
-        return float(sum(loss_sum(rows) for rows in micro_batches) / count), 0.5
+        return float(sum(loss_sum(x) for x in micro_batches) / count), 0.5
 
     patch.setattr(step3_ppo, "train_step", train_step)
     trainer.models.ema = types.SimpleNamespace(update=lambda: events.append(("average", None)))
@@ -445,7 +457,8 @@ def test_perplexity_leaves_out_rows_that_are_there_twice():
     """Rows of 4, 2 and 1 trained tokens; another row, of 3, has weight 0."""
     rows = [0, 1, 2, 3]
     # Column 0 names the row and is not predicted. The answer stands in the R others.
-    batch = {"input_ids": torch.cat([TOKENS[rows, :1], TOKENS[rows, P:]], 1),
+    names = FIRST_ID + torch.tensor(rows)
+    batch = {"input_ids": torch.cat([names[:, None], TOKENS[rows, P:]], 1),
              "attention_mask": torch.ones(4, R + 1, dtype=torch.int64),
              "loss_mask": torch.cat([torch.ones(4, 1), MASK[rows]], 1),
              "weight": torch.tensor([1.0, 1.0, 1.0, 0.0])}
@@ -704,7 +717,7 @@ def check_samples(rank, ranks, tokenizer, patch):
             engines.append(self)
 
         def generate(self, ids, mask, max_new_tokens, **options):
-            return super().generate(torch.full((len(ids), 1), FIRST_ID), mask, 1, **options)
+            return super().generate(torch.full((len(ids), 1), FIRST_ID), mask[:, -1:], 1, **options)
 
     patch.setattr(metrics, "InferenceEngine", Sampler)
     patch.setattr(metrics, "load_gold_mark", lambda config: lambda record, answer: record.place)
