@@ -836,15 +836,15 @@ class DeepSpeedPPOTrainer:
     # checkpoints
 
     def state_dict(self):
-        """What a checkpoint holds beside DeepSpeed's files of actor and critic."""
-        average = self.models.ema.average if self.models.ema else {}  # rank 0's
+        """What a checkpoint holds beside DeepSpeed's files of actor and critic. Collective."""
+        average = self.models.ema.by_name() if self.models.ema else {}  # rank 0's
         return {"kl_coef": self.kl_coef, "iterations": self.iterations, "ema": average}
 
     def load_state_dict(self, state):
         self.kl_coef = state["kl_coef"]
         self.iterations = state["iterations"]
         if self.models.ema:
-            self.models.ema.average = state["ema"] if dist.get_rank() == 0 else {}
+            self.models.ema.load(state["ema"])
 
 
 # -----------------------------------------------------------------------------
@@ -998,7 +998,8 @@ def main(config):
     if engine.critic:
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
     if engine.ema:
-        save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema", engine.ema.average)
+        save_model(engine.actor, tokenizer, f"{config.output_dir}/actor_ema",
+                   engine.ema.by_name())
     seconds = checkpoints.seconds + time.time() - began
     checkpoints.finish({"seconds": seconds, **held.numbers}, config.actor_model_name_or_path,
                        doctor=doctor.sentences)

@@ -574,13 +574,17 @@ class Checkpoints:
         writer = DurableWriter(temporary)
         for name, engine in self.engines.items():
             engine.checkpoint_engine = writer
-            engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
+            # What is frozen is loaded from the model's folder again, whose checksum is compared.
+            engine.save_checkpoint(str(temporary), tag=name, save_latest=False,
+                                   exclude_frozen_parameters=True)
         states = [get_state() for get_state, _ in random_generators()]
         writer.save(states, temporary / f"random-{rank}.pt")
 
         # 2. Rank 0 writes the trainer.
-        if self.trainer and rank == 0:
-            writer.save(self.trainer.state_dict(), temporary / "trainer.pt")
+        if self.trainer:
+            state = self.trainer.state_dict()
+            if rank == 0:
+                writer.save(state, temporary / "trainer.pt")
 
         # 3. When all have written, rank 0 completes the checkpoint, and older ones go.
         files = {}
@@ -709,8 +713,8 @@ class DurableWriter(TorchCheckpointEngine):
 
 
 def load_engine(engine, folder, name):
-    """DeepSpeed's files in folder/name -> the engine."""
-    loaded_path, _ = engine.load_checkpoint(str(folder), tag=name)
+    """DeepSpeed's files in folder/name -> the engine. They lack what is frozen."""
+    loaded_path, _ = engine.load_checkpoint(str(folder), tag=name, load_module_strict=False)
     assert loaded_path, f"{folder / name} was not loaded"
 
 
@@ -732,15 +736,16 @@ def to_universal(folder, target):
 
 def load_plain(path):
     """
-    torch.load of numbers and tensors, which runs no pickled code. Raises UsageError for a file that
-    holds anything else.
+    torch.load of numbers and tensors, which runs no pickled code. The tensors stay in the file
+    until they are read, so that the ranks of a host have one copy. Raises UsageError for a file
+    that holds anything else.
     """
     # Older checkpoints hold numpy's random state as an array, whose parts pickle names so.
     reconstruct = np.zeros(1).__reduce__()[0]
     parts_of_an_array = [reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32"))]
     try:
         with torch.serialization.safe_globals(parts_of_an_array):
-            return torch.load(path, weights_only=True)
+            return torch.load(path, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"{path} holds pickled objects beside numbers and tensors, and loading them could run "

@@ -153,7 +153,10 @@ def split_lora_state(model, state):
         A = adapters[f"{name}.lora_A"] = plain.pop(f"{name}.lora_A")
         B = adapters[f"{name}.lora_B"] = plain.pop(f"{name}.lora_B")
         base_weight = plain.pop(f"{name}.base.weight")
-        plain[f"{name}.weight"] = layer.merged_weight(base_weight, A, B)
+        # Onto the CPU at once, because the device may have no room for all merged matrices.
+        A = A.to(base_weight.device)
+        B = B.to(base_weight.device)
+        plain[f"{name}.weight"] = layer.merged_weight(base_weight, A, B).cpu()
         if layer.bias is not None:
             plain[f"{name}.bias"] = plain.pop(f"{name}.base.bias")
     return adapters, plain

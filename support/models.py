@@ -370,7 +370,7 @@ def save_model(engine, tokenizer, folder, averages=None):
         # loose from it, so it is left out.
         all_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tied = all_names - dict(model.named_parameters()).keys()
-        state = {name: averages.get(name, tensor).to(tensor)
+        state = {name: averages.get(name, tensor).to(tensor.dtype)
                  for name, tensor in state.items() if name not in tied}
     on_rank0(lambda: write_and_replace(model, tokenizer, state, Path(folder)))
 

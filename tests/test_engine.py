@@ -127,7 +127,7 @@ def test_moving_average_is_its_closed_form(process_group):
         average.update()
         history.append(weight.detach().clone())
     expected = 0.9**3 * history[0] + sum(0.1 * 0.9 ** (3 - k) * history[k] for k in (1, 2, 3))
-    torch.testing.assert_close(average.average["model.decoder.layers.0.fc1.weight"], expected)
+    torch.testing.assert_close(average.by_name()["model.decoder.layers.0.fc1.weight"], expected)
     assert (history[3] - history[0]).abs().max() > 1e-3
 
 
@@ -142,8 +142,9 @@ def test_moving_average_is_of_the_float32_masters(process_group):
     average.update()
     masters = {id(low): full for lows, fulls in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups)
                for low, full in zip(lows, fulls)}
+    averages = average.by_name()
     for name, parameter in engine.module.model.named_parameters():
-        assert torch.equal(average.average[name], masters[id(parameter)]), name
+        assert torch.equal(averages[name], masters[id(parameter)]), name
     weight = engine.module.model.model.decoder.layers[0].fc1.weight
     assert not torch.equal(masters[id(weight)], weight.float())
 

@@ -109,22 +109,38 @@ def stop_at(monkeypatch, step, how):
     monkeypatch.setattr(metrics.MetricsLog, "__call__", logged)
 
 
-@pytest.mark.parametrize(
-    "stage, zero_stage", [(step1_sft, 2), (step2_reward, 3), (step3_ppo, 0), (step3_ppo, 3)],
-    ids=["sft-2", "reward-3", "ppo-0", "ppo-3"])
-def test_stop_then_resume_is_the_uninterrupted_run(stage, zero_stage, folder, process_group,
-                                                   monkeypatch, capsys):
+LORA = dict(lora_dim=2, only_optimize_lora=True)
+
+
+@pytest.mark.parametrize("stage, zero_stage, dtype, flags", [
+    pytest.param(step1_sft, 2, "fp32", {}, id="sft-2"),
+    pytest.param(step2_reward, 3, "fp32", {}, id="reward-3"),
+    pytest.param(step3_ppo, 0, "fp32", {}, id="ppo-0"),
+    pytest.param(step3_ppo, 3, "fp32", {}, id="ppo-3"),
+    pytest.param(step1_sft, 2, "bf16", {}, id="sft-2-bf16"),
+    pytest.param(step3_ppo, 0, "bf16", {}, id="ppo-0-bf16"),
+    pytest.param(step3_ppo, 3, "bf16", {}, id="ppo-3-bf16"),
+    pytest.param(step2_reward, 0, "bf16", LORA, id="reward-0-bf16-lora"),
+    pytest.param(step3_ppo, 2, "fp32", LORA, id="ppo-2-lora"),
+    pytest.param(step3_ppo, 3, "bf16", LORA, id="ppo-3-bf16-lora")])
+def test_stop_then_resume_is_the_uninterrupted_run(stage, zero_stage, dtype, flags, folder,
+                                                   process_group, monkeypatch, capsys):
     """By SIGTERM, or by the SIGINT of Ctrl-C where nothing is sharded."""
-    name = f"{FOLDERS[stage]}-{zero_stage}"
+    name = f"{FOLDERS[stage]}-{zero_stage}-{dtype}-{len(flags)}"
+    if dtype == "bf16":
+        settings = {**json.loads((folder / "ds.json").read_text()), "bf16": {"enabled": True}}
+        (folder / "bf16.json").write_text(json.dumps(settings))
+        flags = dict(flags, deepspeed_config=str(folder / "bf16.json"))
+    flags = dict(flags, zero_stage=zero_stage)
     default = signal.getsignal(signal.SIGINT)
     number = signal.SIGTERM if zero_stage else signal.SIGINT
-    train(stage, folder, name + "-whole", zero_stage=zero_stage)
+    train(stage, folder, name + "-whole", **flags)
     with monkeypatch.context() as patch:
         stop_at(patch, 5, lambda: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit, match="143"):
-            train(stage, folder, name, zero_stage=zero_stage)
+            train(stage, folder, name, **flags)
     assert "checkpoint-5 is saved" in capsys.readouterr().out
-    train(stage, folder, name, zero_stage=zero_stage, resume=True)
+    train(stage, folder, name, **flags, resume=True)
     assert "5 of 7 steps are done" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) == default
     assert_same(result(folder / (name + "-whole")), result(folder / name))

@@ -10,6 +10,7 @@ from unittest import mock
 import deepspeed
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
@@ -71,7 +72,6 @@ def train(rank, ranks, folder):
                                             critic_model_name_or_path=reward, **options, **ppo))
     if ranks == 2:
         loading(folder, Config(zero_stage=3, deepspeed_config=f"{folder}/ds.json"))
-        averaging(rank, folder)
 
 
 def spread(parameter, **_):
@@ -104,29 +104,79 @@ def loading(folder, config):
         assert head.shape == (1, 32) and 0.3 < head.std() * 33 ** 0.5 < 3  # N(0, 1 / (d + 1))
 
 
-def averaging(rank, folder):
-    """The moving average at every ZeRO stage: after n updates, d^n w_0 + sum_k (1 - d) d^(n - k) w_k."""
+# -----------------------------------------------------------------------------
+# the moving average
+
+def averaging(rank, ranks, folder):
+    """
+    At every ZeRO stage, in both dtypes: after n updates, d^n w_0 + sum_k (1 - d) d^(n - k) w_k of
+    the float32 weights. Shares of three ranks are uneven.
+    """
     for stage in range(4):
-        config = Config(zero_stage=stage, deepspeed_config=f"{folder}/ds.json", lr_scheduler_type="constant")
-        settings = setup(config)
-        model = load_model(f"{folder}/opt/actor", load_tokenizer("tiny"), settings, 64)
-        engine = train_engine(LanguageModel(model), settings, config, 1e-2, 10)
-        average, history = ExponentialMovingAverage(engine, decay=0.9), []
-        ids = torch.randint(4, 900, (2, 8), generator=torch.Generator().manual_seed(rank))
-        for update in range(4):
-            if update:
-                train_step(engine, [ids], lambda ids: -engine(ids, torch.ones_like(ids), torch.ones(2, 7))[0].sum(), 28)
-                average.update()
-            with deepspeed.zero.GatheredParameters(list(model.parameters())):
-                history.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        assert (set(average.average) == set(history[0])) == (rank == 0), stage
-        moved = 0
-        for name, found in average.average.items():
-            w = [weights[name] for weights in history]
-            expected = 0.9**3 * w[0] + sum(0.1 * 0.9 ** (3 - k) * w[k] for k in (1, 2, 3))
-            torch.testing.assert_close(found, expected, atol=1e-6, rtol=0, msg=lambda m: f"ZeRO {stage}, {name}: {m}")
-            moved = max(moved, (w[3] - w[0]).abs().max())
-        assert moved > 1e-3 or rank, stage
+        for dtype in ("float32", "bfloat16"):
+            averaging_at(rank, folder, stage, dtype)
+
+
+def averaging_at(rank, folder, stage, dtype):
+    case = f"ZeRO {stage}, {dtype}"
+    config = Config(zero_stage=stage, deepspeed_config=f"{folder}/{dtype}.json",
+                    lr_scheduler_type="constant")
+    ds_config = setup(config)
+    model = load_model(f"{folder}/opt/actor", load_tokenizer("tiny"), ds_config, 64)
+    engine = train_engine(LanguageModel(model), ds_config, config, 1e-2, 10)
+    average = ExponentialMovingAverage(engine, decay=0.9)
+    newest = ExponentialMovingAverage(engine, decay=0.0)
+    ids = torch.randint(4, 900, (2, 8), generator=torch.Generator().manual_seed(rank))
+    history = [newest.by_name()]
+    for _ in range(3):
+        train_step(engine, [ids], lambda ids: nats_of(engine, ids), 28)
+        average.update()
+        newest.update()
+        history.append(newest.by_name())
+
+    # by_name leaves the weights as they are.
+    before = [weight.detach().clone() for weight in average._own_weights()]
+    averages = average.by_name()
+    assert all(map(torch.equal, before, average._own_weights())), case
+
+    # The averages are rank 0's, and those of the weights that the model is made of.
+    names = {name for name, _ in model.named_parameters()}
+    assert set(averages) == (names if rank == 0 else set()), case
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        for name, parameter in model.named_parameters():
+            if rank == 0:
+                close = dict(atol=1e-6, rtol=0) if dtype == "float32" else dict(atol=0, rtol=5e-3)
+                torch.testing.assert_close(history[3][name], parameter.float(), **close)
+    moved = 0
+    for name, found in averages.items():
+        w = [weights[name] for weights in history]
+        expected = 0.9**3 * w[0] + sum(0.1 * 0.9 ** (3 - k) * w[k] for k in (1, 2, 3))
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0,
+                                   msg=lambda m: f"{case}, {name}: {m}")
+        moved = max(moved, (w[3] - w[0]).abs().max())
+    assert moved > 1e-3 or rank, case
+
+    # A resumed run takes the averages over, and not the weights of then.
+    everyones = [averages]
+    dist.broadcast_object_list(everyones)
+    resumed = ExponentialMovingAverage(engine, decay=0.9)
+    resumed.load(everyones[0])
+    again = resumed.by_name()
+    assert all(torch.equal(again[name], averages[name]) for name in averages), case
+    assert all(map(torch.equal, before, average._own_weights())), case
+
+
+def nats_of(engine, ids):
+    logprobs, _ = engine(ids, torch.ones_like(ids), torch.ones(2, 7))
+    return -logprobs.sum()
+
+
+def test_the_moving_average_is_its_closed_form(tmp_path, process_group):
+    small_models("opt", tmp_path / "opt", load_tokenizer("tiny"))
+    for dtype in ("float32", "bfloat16"):
+        settings = {"bf16": {"enabled": dtype == "bfloat16"}, "gradient_clipping": 1.0}
+        (tmp_path / f"{dtype}.json").write_text(json.dumps(settings))
+    run_ranks(3, averaging, str(tmp_path))
 
 
 def metrics(folder):
