@@ -122,6 +122,10 @@ FAMILIES = {
 }
 
 
+# Tokens of the prompts that a prefill runs at once.
+PREFILL_TOKENS = 2**14
+
+
 def submodule(parent, name):
     """The module at a dotted name, or None where a family has no such module (name "")."""
     return attrgetter(name)(parent) if name else None
@@ -516,6 +520,18 @@ class Decoder:
             self.sin = sin.to(self.embed.dtype)
         self._begin(start.repeat_interleave(copies, 0), T)
 
+        # Some prompts at a time, because what a layer computes on the way is larger than the cache.
+        count = max(1, PREFILL_TOKENS // P)
+        logits = []
+        for first in range(0, len(ids), count):
+            prompts = slice(first, first + count)
+            logits.append(self._prefill(ids[prompts], start[prompts], cache, copies, first))
+        return torch.cat(logits).repeat_interleave(copies, 0)
+
+    def _prefill(self, ids, start, cache, copies, first):
+        """Prompts (b, P), of which `first` others stand before -> logits (b, V)."""
+        P = ids.size(1)
+        rows = slice(first * copies, (first + len(ids)) * copies)
         columns = torch.arange(P, device=ids.device)
         positions = (columns - start[:, None]).clamp(min=0)
         rotation = self._rotation(positions)
@@ -526,8 +542,8 @@ class Decoder:
                 rotate_(qkv[:, :, :-self.kv_heads], *rotation, self.interleaved)
             q, kv = qkv.split([self.heads, 2 * self.kv_heads], dim=2)
             q = q.transpose(1, 2)
-            kv = kv.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)  # (2, B, KVH, P, D)
-            cache.layers[i][:, :, :, :P] = kv.repeat_interleave(copies, 1)
+            kv = kv.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)  # (2, b, KVH, P, D)
+            cache.layers[i][:, rows, :, :P] = kv.repeat_interleave(copies, 1)
             # every query head gets its group's key and value
             k, v = kv.repeat_interleave(self.heads // self.kv_heads, 2)
             a = F.scaled_dot_product_attention(q, k, v, masks[layer.window], scale=layer.scale)
@@ -539,7 +555,7 @@ class Decoder:
         x = x[:, -1]
         if delta is not None:
             delta = delta[:, -1]
-        return self._logits(x, delta).repeat_interleave(copies, 0)
+        return self._logits(x, delta)
 
     def step(self, tokens, positions, column, cache):
         """
@@ -573,7 +589,9 @@ class Decoder:
         """
         self.start = start
         self.length = length
-        self.bias = decode_bias(start, length, self.kv_heads, self.alibi)
+        self.bias = None
+        if not start.is_cuda:
+            self.bias = decode_bias(start, length, self.kv_heads, self.alibi)
 
     def _prefill_masks(self, start, P):
         """

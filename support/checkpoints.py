@@ -22,7 +22,6 @@ files (*.pt beside the engines' folders) are read without running pickled code; 
 own as it likes, so a checkpoint from a stranger is not to be trusted.
 """
 
-import argparse
 import copy
 import dataclasses
 import fcntl
@@ -33,11 +32,12 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import zlib
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from safetensors import SafetensorError, safe_open
 
@@ -516,8 +515,8 @@ class Checkpoints:
         temporary folder.
         """
         universal = path.with_suffix(".tmp")
+        on_rank0(lambda: to_universal(path, universal, self.engines))
         for name, engine in self.engines.items():
-            on_rank0(lambda: to_universal(path / name, universal / name))
             groups = engine.optimizer.param_groups
             decays = [group["weight_decay"] for group in groups]
             engine._config.load_universal_checkpoint = True
@@ -718,20 +717,28 @@ def load_engine(engine, folder, name):
     assert loaded_path, f"{folder / name} was not loaded"
 
 
-def to_universal(folder, target):
+def to_universal(folder, target, names):
     """
-    DeepSpeed's files of some number of ranks -> its universal checkpoint, which any number of ranks
-    can load.
+    DeepSpeed's files of some number of ranks, in folder/name -> its universal checkpoints, which
+    any number of ranks can load, in target/name.
     """
-    arguments = argparse.Namespace(
-        input_folder=str(folder), output_folder=str(target), num_extract_workers=1,
-        num_merge_workers=1, keep_temp_folder=False, strict=True, inject_missing_state=True)
-    try:
-        with open(os.devnull, "w") as quiet, redirect_stdout(quiet), redirect_stderr(quiet):
-            ds_to_universal.main(arguments)
-    except (AssertionError, KeyError, RuntimeError, OSError) as error:
-        raise UsageError(f"{folder}: DeepSpeed cannot bring it to another number of processes "
-                         f"({first_line(error)}); go on with as many as before.") from error
+    # Each engine is converted by a process of its own, which starts more. This one could not, as
+    # it has threads and a device.
+    workers = str(min(8, os.cpu_count()))
+    running = []
+    for name in names:
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal",
+                   "--input_folder", str(folder / name), "--output_folder", str(target / name),
+                   "--num_extract_workers", workers, "--num_merge_workers", workers,
+                   "--inject_missing_state"]
+        running.append(subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.PIPE))
+    for process in running:
+        _, errors = process.communicate()
+        if process.returncode:
+            reason = errors.strip().splitlines()[-1:] or [f"exit code {process.returncode}"]
+            raise UsageError(f"{folder}: DeepSpeed cannot bring it to another number of processes "
+                             f"({reason[0]}); go on with as many as before.")
 
 
 def load_plain(path):

@@ -184,7 +184,7 @@ def sample_answers(model, tokenizer, records, config, batch_size=64):
              if len(row) <= config.max_prompt_seq_len]
     items = rank_share(items, rank, dist.get_world_size())
 
-    engine = InferenceEngine(model, vocabulary=vocabulary_size(tokenizer))
+    engine = InferenceEngine(model, decoder_ranks(model), vocabulary=vocabulary_size(tokenizer))
     collate = Collator(3, tokenizer.pad_token_id)
     answered = []
     for start in range(0, len(items), batch_size):
@@ -201,6 +201,24 @@ def sample_answers(model, tokenizer, records, config, batch_size=64):
     if not gold_mark:
         return None
     return mean_over_ranks([gold_mark(record, answer) for record, answer in answered])
+
+
+def decoder_ranks(model):
+    """
+    How many ranks of this host share the weights to generate: 1 where each has them anyway. Under
+    ZeRO 3 as many as the heads can be split over, because a whole model may not fit one device.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return 1
+    # A model without heads generates through Hugging Face, and shares nothing.
+    heads = getattr(model.config, "num_attention_heads", 1)
+    kv_heads = getattr(model.config, "num_key_value_heads", None) or heads
+    world = dist.get_world_size()
+    on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    count = math.gcd(on_this_host, world, heads)
+    if kv_heads % count and count % kv_heads:
+        count = math.gcd(count, kv_heads)
+    return count
 
 
 def print_answers(answered):

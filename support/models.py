@@ -17,13 +17,14 @@ import safetensors
 import torch
 import torch.nn as nn
 import transformers
+from deepspeed.accelerator import get_accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kernels.decoder import FAMILIES
 from kernels.logprob import linear_logprobs, token_logprobs
 from support.flags import UsageError, check_local_path, first_line, is_out_of_memory
 from support.lora import add_lora, save_adapter, split_lora_state
-from support.processes import CONFIGS, compute_dtype, on_rank0, print0
+from support.processes import CONFIGS, compute_dtype, device, on_rank0, print0
 
 
 # -----------------------------------------------------------------------------
@@ -209,8 +210,7 @@ def load_model(name_or_path, tokenizer, ds_config, tokens, head="lm", allow_new_
     zero3 = None  # noqa: F841
     if ds_config["zero_optimization"]["stage"] == 3:
         zero3 = transformers.integrations.HfDeepSpeedConfig(ds_config)  # noqa: F841
-    model, missing = read_weights(name_or_path, hf_config, compute_dtype(ds_config), head,
-                                  len(tokenizer))
+    model, missing = read_weights(name_or_path, hf_config, ds_config, head, len(tokenizer))
 
     # A folder of another kind is known by the weights that it lacks.
     random_weights = name_or_path == "tiny"
@@ -279,18 +279,24 @@ def check_positions(name_or_path, hf_config, tokens):
             "--max_seq_len, or --max_prompt_seq_len and --max_answer_seq_len, which are added up.")
 
 
-def read_weights(name_or_path, hf_config, dtype, head, vocabulary):
+def read_weights(name_or_path, hf_config, ds_config, head, vocabulary):
     """
-    -> (model, sorted names of the weights that the folder lacks). Raises UsageError for weights
-    that cannot be read, or have other shapes than the config says.
+    -> (model, sorted names of the weights that the folder lacks). Below ZeRO 3 the weights go
+    straight to the device, because the ranks of a host would need as many copies of them in its
+    memory. Raises UsageError for weights that cannot be read, or have other shapes than the config
+    says.
     """
+    dtype = compute_dtype(ds_config)
     auto = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
     if name_or_path == "tiny":
         hf_config.vocab_size = vocabulary
         return auto.from_config(hf_config, dtype=dtype), []
+    place = None
+    if ds_config["zero_optimization"]["stage"] < 3 and get_accelerator().device_name() != "cpu":
+        place = device()
     try:
         model, info = auto.from_pretrained(name_or_path, config=hf_config, dtype=dtype,
-                                           output_loading_info=True,
+                                           device_map=place, output_loading_info=True,
                                            ignore_mismatched_sizes=True)
     except Exception as error:  # of any kind, because models and their files raise many
         if is_out_of_memory(error):
