@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import hybrid_engine
+from kernels import decoder as kernels_decoder
 from hybrid_engine import InferenceEngine, sample
 from kernels.decoder import FAMILIES
 from models import SMALL, hf_logprobs, ragged_prompts, small_model
@@ -241,6 +242,28 @@ def test_samples_of_a_prompt_share_its_prefill(name):
 
 # -----------------------------------------------------------------------------
 # compaction
+
+@pytest.mark.parametrize("name", ["opt", "mistral", "bloom", "llama-3"])
+def test_a_prefill_in_pieces_is_the_whole(name, monkeypatch):
+    """Two prompts of nine columns at a time, and then the last."""
+    model = small_model(name)
+    ids, mask = ragged_prompts(5, 9)
+    options = dict(max_new_tokens=6, num_return_sequences=3, eos_token_id=[4, 9], seed=3)
+    whole = InferenceEngine(model).generate(ids, mask, **options)
+    sizes = []
+    run = kernels_decoder.Decoder._prefill
+
+    def counted(self, ids, *rest):
+        sizes.append(len(ids))
+        return run(self, ids, *rest)
+
+    monkeypatch.setattr(kernels_decoder, "PREFILL_TOKENS", 18)
+    monkeypatch.setattr(kernels_decoder.Decoder, "_prefill", counted)
+    pieces = InferenceEngine(model).generate(ids, mask, **options)
+    assert sizes == [2, 2, 1]
+    assert torch.equal(pieces.tokens, whole.tokens)
+    torch.testing.assert_close(pieces.logprobs, whole.logprobs, atol=1e-5, rtol=0)
+
 
 @pytest.mark.parametrize("name", ["opt", "gpt_neo", "bloom", "llama", "mistral"])
 def test_compaction_changes_nothing_but_the_cost(name):

@@ -1,10 +1,13 @@
 """hybrid_engine.py around the decoder: models in and out, LoRA, averages, dropout."""
+import types
+
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from data import load_tokenizer
+from support import metrics
 from support.flags import UsageError
 from hybrid_engine import ExponentialMovingAverage, train_engine, train_step
 from support.flags import RunConfig
@@ -211,3 +214,20 @@ def test_gradient_checkpointing_recomputes_every_layer(process_group, model_fold
     model = load_model(model_folders["lm"], load_tokenizer("tiny"), process_group, 64)
     steps(train_engine(LanguageModel(model), process_group, config, 1e-2, 10), count=1)
     assert len(calls) == 2 * on  # its layers
+
+
+@pytest.mark.parametrize("heads, kv_heads, on_this_host, world, expected", [
+    (64, 64, 8, 8, 8), (64, 8, 8, 64, 8), (40, 40, 16, 16, 8), (9, 3, 8, 8, 1), (12, 2, 8, 8, 4),
+    (12, 2, 3, 3, 1), (6, 1, 6, 6, 6), (8, 8, 8, 12, 4), (None, None, 8, 8, 1)])
+def test_a_decoder_is_shared_by_as_many_ranks_as_its_heads_allow(
+        monkeypatch, heads, kv_heads, on_this_host, world, expected):
+    """Under ZeRO 3; the number divides the heads, and those of keys and values or the other way."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(on_this_host))
+    monkeypatch.setattr(metrics.dist, "get_world_size", lambda: world)
+    weight = types.SimpleNamespace(ds_id=0)
+    shape = types.SimpleNamespace(num_key_value_heads=kv_heads)
+    if heads:
+        shape.num_attention_heads = heads
+    sharded = types.SimpleNamespace(config=shape, parameters=lambda: iter([weight]))
+    assert metrics.decoder_ranks(sharded) == expected
+    assert metrics.decoder_ranks(opt()) == 1
