@@ -359,20 +359,19 @@ class InferenceEngine:
         start = self._starts(mask, max_new_tokens)
         P = ids.size(1)
         rows = len(ids) * copies
-        device = ids.device
-        responses = torch.full((rows, max_new_tokens), pad_token_id, device=device)
-        logprobs = torch.zeros(rows, max_new_tokens, device=device)
+        responses = torch.full((rows, max_new_tokens), pad_token_id, device=ids.device)
+        logprobs = torch.zeros(rows, max_new_tokens, device=ids.device)
         # One random number for every row and step is drawn beforehand, whether or not the row is
         # still in the batch then, so that compaction cannot change a sample.
-        generator = torch.Generator(device).manual_seed(seed)
-        uniforms = torch.rand(max_new_tokens, rows, generator=generator, device=device)
+        generator = torch.Generator(ids.device).manual_seed(seed)
+        uniforms = torch.rand(max_new_tokens, rows, generator=generator, device=ids.device)
 
         # The rows in the batch, by their number; whether they have ended; and where the next token
         # goes: `positions` in each row's text, `column` in the cache, the same for all.
-        live = torch.arange(rows, device=device)
-        done = torch.zeros(rows, dtype=torch.bool, device=device)
+        live = torch.arange(rows, device=ids.device)
+        done = torch.zeros(rows, dtype=torch.bool, device=ids.device)
         positions = (P - start).repeat_interleave(copies)
-        column = torch.tensor(P, device=device)
+        column = torch.tensor(P, device=ids.device)
         sync_every = self.sync_every or (8 if ids.is_cuda else 1)
         self.row_steps = 0
 

@@ -127,21 +127,21 @@ def evaluate(score_pairs, dataloader):
     raises       UsageError, on all ranks, for scores that are no finite numbers
     """
     # Scores, lengths and weights of this rank's pairs: five rows, one column a pair.
-    columns = []
+    parts = []
     for batch in dataloader:
         batch = to_device(batch)
         chosen, rejected = score_pairs(batch)
         chosen_length, rejected_length = batch["loss_mask"].sum(1).chunk(2)
         weight = batch.get("weight", torch.ones_like(chosen))
         rows = torch.stack([chosen, rejected, chosen_length, rejected_length, weight])
-        columns.append(rows.double())
-    own = torch.cat(columns, 1)
+        parts.append(rows.double())
+    own = torch.cat(parts, 1)
 
     # Those of all ranks, whose shares are equally large, without the pairs that only fill them.
     shares = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, own)
-    columns = torch.cat(shares, 1)
-    chosen, rejected, chosen_length, rejected_length, _ = columns[:, columns[-1] > 0]
+    pairs = torch.cat(shares, 1)
+    chosen, rejected, chosen_length, rejected_length, _ = pairs[:, pairs[-1] > 0]
 
     scores = torch.cat([chosen, rejected])
     check_finite("held-out pairs", {"sum of the scores": scores.sum().item()})
