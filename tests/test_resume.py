@@ -140,6 +140,11 @@ def test_stop_then_resume_is_the_uninterrupted_run(stage, zero_stage, dtype, fla
         with pytest.raises(SystemExit, match="143"):
             train(stage, folder, name, **flags)
     assert "checkpoint-5 is saved" in capsys.readouterr().out
+    if "lora_dim" in flags:
+        checkpoint = folder / name / FOLDERS[stage] / "checkpoint-5"
+        for file in checkpoint.rglob("*model_states.pt"):
+            saved = torch.load(file, weights_only=False)["module"]
+            assert not any(".base." in weight for weight in saved), "frozen, and loaded again"
     train(stage, folder, name, **flags, resume=True)
     assert "5 of 7 steps are done" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) == default
