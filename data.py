@@ -33,7 +33,7 @@ import socket
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -44,10 +44,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from support.cache import Prepared, cache_key, prepare_once
 from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usage_error,
                            first_line, flag, parse_config)
 from support.forms import FORMS, JOINS, Unusable
-from support.processes import raise_on_all_ranks
 from support.sources import read_source, read_text
 from support.toy import load_gold_mark, toy_tokenizer
 
@@ -89,6 +89,9 @@ class Preference:
                 if message["role"] == "user":
                     named.append(text)
         return [normalised(text) for text in named]
+
+    def __getstate__(self):  # what the cache pickles: not the keys, which are soon made again
+        return {name: value for name, value in vars(self).items() if name != "keys"}
 
 
 def normalised(text):
@@ -838,7 +841,7 @@ def pad(sequences, value, side):
     for row, sequence in enumerate(sequences):
         length = len(sequence)
         real = slice(0, length) if side == "right" else slice(T - length, T)
-        ids[row, real] = torch.as_tensor(np.asarray(sequence), dtype=torch.int64)
+        ids[row, real] = torch.from_numpy(np.asarray(sequence, np.int64))
         mask[row, real] = 1
     return ids, mask
 
@@ -919,10 +922,10 @@ def rows_of_step(row_count, config, stage, world_size):
     return rows
 
 
-# Optimizer steps whose rows are sorted together. On HH dialogues with 8 rows a step, padding is 53 %
-# of SFT's tokens in random steps, 13 % in windows of 8 steps, 4 % of 32, 1 % of 256; of the reward
-# model's, whose pairs have two lengths, 55, 21, 13 and 10 % (bench/padding.py).
-WINDOW_STEPS = 32
+# Micro-batches (of all ranks) whose rows are sorted together. On HH dialogues with 8 rows a step,
+# padding is 53 % of SFT's tokens in random steps, 13 % in windows of 8, 4 % of 32, 1 % of 256; of
+# the reward model's, whose pairs have two lengths, 55, 21, 13 and 10 % (bench/padding.py).
+WINDOW = 32
 
 
 class StepSampler:
@@ -932,23 +935,26 @@ class StepSampler:
     run goes on with the step it would have had.
 
     An epoch is a random order of all rows, without those that do not fill a last step. With
-    `lengths` it is cut into windows of WINDOW_STEPS steps, and the rows of a window are sorted by
-    length before they are cut into steps, so that short rows are not padded to the length of long
-    ones. The steps then follow each other in a random order.
+    `lengths` it is cut into windows of WINDOW micro-batches, and the rows of a window are sorted by
+    length before they are cut into micro-batches, so that short rows are not padded to the length
+    of long ones. The micro-batches of the whole epoch are then dealt to the steps at random.
 
-    How random is a step of similar lengths? Every row still comes once an epoch, and every epoch
-    draws the windows anew, so a row meets others each time, but never much longer or shorter ones.
-    SFT's loss is a mean over a step's tokens, so a token weighs more in a step of short rows than
-    in one of long rows, while random steps all have about as many tokens. Pairs weigh the same.
+    How random is a step then? Every row still comes once an epoch, and every epoch draws the
+    windows anew, so a row meets others each time. The micro-batches of a step are independent of
+    each other, but within one all rows are about as long. SFT's loss is a mean over a step's
+    tokens, so with one micro-batch a step a token weighs more in a step of short rows than in one
+    of long rows, while random steps all have about as many tokens. Pairs weigh the same.
 
     step_rows  rows of an optimizer step on all ranks together
+    parts      micro-batches of a step
     lengths    (rows,) tokens of each row; None: steps of random rows
     """
 
-    def __init__(self, row_count, step_rows, seed, rank, world_size, lengths=None):
-        self.step_count = row_count // step_rows
+    def __init__(self, row_count, step_rows, parts, seed, rank, world_size, lengths=None):
         self.row_count = row_count
         self.step_rows = step_rows
+        self.step_count = row_count // step_rows
+        self.part_rows = step_rows // parts
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
@@ -966,28 +972,32 @@ class StepSampler:
         random = np.random.RandomState([self.seed, self.epoch])
         rows = random.permutation(self.row_count)[:self.step_count * self.step_rows]
         if self.lengths is not None:
-            window_rows = WINDOW_STEPS * self.step_rows
+            window_rows = WINDOW * self.part_rows
             for start in range(0, len(rows), window_rows):
                 window = rows[start:start + window_rows]
                 by_length = np.argsort(self.lengths[window], kind="stable")
                 rows[start:start + window_rows] = window[by_length]
+            micro_batches = rows.reshape(-1, self.part_rows)
+            rows = random.permutation(micro_batches)
         steps = rows.reshape(self.step_count, self.step_rows)
-        steps = random.permutation(steps)
-        # Every world_size-th row of a step, because then all ranks have about as many tokens and
-        # none waits for another.
+        # Every world_size-th row of a micro-batch, because then all ranks have about as many tokens
+        # and none waits for another.
         for number in steps[:, self.rank::self.world_size].flat:
             yield int(number)
 
 
-def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, lengths=None):
+def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, lengths=None,
+                    parts=1):
     """
     Of training rows: this rank's batches in the order of StepSampler, without the last incomplete
     one. Call `.sampler.set_epoch` each epoch.
 
     batch_size  rows of a step on this rank
-    lengths     (rows,) tokens of each row, for steps of similar lengths; None: of random rows
+    lengths     (rows,) tokens of each row, for micro-batches of similar lengths; None: random rows
+    parts       micro-batches of a step
     """
-    sampler = StepSampler(len(dataset), batch_size * world_size, seed, rank, world_size, lengths)
+    sampler = StepSampler(len(dataset), batch_size * world_size, parts, seed, rank, world_size,
+                          lengths)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=True)
 
 
@@ -1052,31 +1062,27 @@ def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
     raises  UsageError, on all ranks, for data that a rank cannot use, or has otherwise than another
     """
     warn_of_other_dealing(config, log)
-    max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
-    with raise_on_all_ranks():  # because a host may lack a file that the others have
-        train_records, all_held_records = load_records(config, stage, log)
-        held_records = all_held_records[:config.max_eval_samples]
-        train_set = encode_records(train_records, tokenizer, stage, max_len, log)
-        held_set = encode_records(held_records, tokenizer, stage, max_len, log)
-        rows = rows_of_step(len(train_set), config, stage, world)
-        text_set = []
-        if getattr(config, "unsupervised_data_path", None):  # a flag of stage 3 alone
-            held_keys = {record.keys[-1] for record in all_held_records}
-            text_set = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len,
-                                   held_keys, log)
-    check_ranks_agree(train_set + held_set + text_set)
+    prepared = prepare_once(lambda: key_of_stage(config, stage, tokenizer),
+                            lambda log: prepare(config, stage, tokenizer, log), log)
+    train_set, held_set, text_set = (prepared.rows[name] for name in ("train", "held", "text"))
+    check_ranks_agree(len(train_set) + len(held_set) + len(text_set), prepared.checksum)
+    rows = rows_of_step(len(train_set), config, stage, world)
+    held_set = list(held_set)
 
     train_on_prompt = getattr(config, "train_on_prompt", False)  # a flag of stage 1 alone
     collate = Collator(stage, tokenizer.pad_token_id, train_on_prompt)
     collate_step = collate
     held_rows = rows
     lengths = None  # prompts stay in a random order, because a rollout is scored by length anyway
+    parts = 1
     if stage < 3:
-        collate_step = MicroBatches(collate, config.gradient_accumulation_steps)
+        parts = config.gradient_accumulation_steps
+        collate_step = MicroBatches(collate, parts)
         held_rows = config.per_device_train_batch_size
-        lengths = np.array([longest_sequence(item) for item in train_set], np.int32)
+        lengths = train_set.lengths()
         held_set = sorted(held_set, key=longest_sequence)
-    train_loader = make_dataloader(train_set, collate_step, rows, config.seed, rank, world, lengths)
+    train_loader = make_dataloader(train_set, collate_step, rows, config.seed, rank, world, lengths,
+                                   parts)
     held_loader = DataLoader(rank_share(held_set, rank, world), held_rows, collate_fn=collate)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
     steps = "rollouts" if stage == 3 else "optimizer steps"
@@ -1090,8 +1096,37 @@ def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
         updates = config.updates_per_rollout
         text_batches = load_text_batches(config, text_set, tokenizer, total_steps * updates,
                                          done * updates, rank, world)
-    return StageData(train_loader, held_loader, len(held_set), held_records, total_steps,
+    return StageData(train_loader, held_loader, len(held_set), prepared.held_records, total_steps,
                      load_gold_mark(config), text_batches)
+
+
+def prepare(config, stage, tokenizer, log):
+    """
+    Records -> Prepared: the items of a stage, those of its held-out rows, and PPO's mixture of text
+    in lists. Raises UsageError for data that cannot be used.
+    """
+    max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
+    train_records, all_held_records = load_records(config, stage, log)
+    held_records = all_held_records[:config.max_eval_samples]
+    rows = {"train": encode_records(train_records, tokenizer, stage, max_len, log),
+            "held": encode_records(held_records, tokenizer, stage, max_len, log), "text": []}
+    if getattr(config, "unsupervised_data_path", None):  # a flag of stage 3 alone
+        held_keys = {record.keys[-1] for record in all_held_records}
+        rows["text"] = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len,
+                                   held_keys, log)
+    checksum = 0
+    for item in itertools.chain(*rows.values()):
+        for ids in sequences_of(item).values():
+            checksum = zlib.crc32(ids.tobytes(), checksum)
+    return Prepared(rows, held_records, checksum)
+
+
+def key_of_stage(config, stage, tokenizer):
+    """-> cache_key of what `prepare` makes."""
+    text_sources = getattr(config, "unsupervised_data_path", None) or []
+    flags = {one.name: getattr(config, one.name) for one in fields(DataConfig)}
+    sources = [*config.data_path, *config.sft_data_path, *text_sources]
+    return cache_key(sources, tokenizer, (stage, flags, text_sources))
 
 
 def warn_of_other_dealing(config, log):
@@ -1115,18 +1150,14 @@ def warn_of_other_dealing(config, log):
                     "is tested on may have been trained on. Give both the same.")
 
 
-def check_ranks_agree(items):
+def check_ranks_agree(row_count, checksum):
     """
     Raises UsageError, on all ranks, where a rank has read other rows than rank 0, from a file that
     differs on its host, say. Ranks would wait for each other in vain, or train on rows that others
     hold out. Collective.
     """
-    crc = 0
-    for item in items:
-        for ids in sequences_of(item).values():
-            crc = zlib.crc32(ids.tobytes(), crc)
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (len(items), crc, socket.gethostname()))
+    dist.all_gather_object(found, (row_count, checksum, socket.gethostname()))
     first_count, first_crc, first_host = found[0]
     for rank, (count, crc, host) in enumerate(found):
         if (count, crc) != (first_count, first_crc):

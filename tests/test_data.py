@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -1327,7 +1328,8 @@ def test_another_dealing_of_the_stage_before_is_said(tokenizer, tmp_path, proces
 
 
 def read_by_rank(rank, ranks, folder, error):
-    """Rank 1 has another file than rank 0."""
+    """Rank 1 has another file than rank 0, as on another host, whose first rank it is."""
+    os.environ["LOCAL_RANK"] = "0"
     config = step1_sft.Config(data_path=[f"{folder}/{rank}/rows.jsonl"], data_split="1,0,0")
     with pytest.raises(UsageError, match=error):
         load_stage_data(config, 1, load_tokenizer("tiny"), rank, ranks, log=quiet)
