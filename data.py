@@ -922,22 +922,20 @@ def rows_of_step(row_count, config, stage, world_size):
     return rows
 
 
-# Micro-batches (of all ranks) whose rows are sorted together. On HH dialogues with 8 rows a step,
-# padding is 53 % of SFT's tokens in random steps, 13 % in windows of 8, 4 % of 32, 1 % of 256; of
-# the reward model's, whose pairs have two lengths, 55, 21, 13 and 10 % (bench/padding.py).
-WINDOW = 32
-
-
 class StepSampler:
     """
     Row numbers of this rank, step after step. Seed and epoch alone decide which rows are a step's,
     so the k-th steps of all ranks together are the same rows for any number of ranks, and a resumed
     run goes on with the step it would have had.
 
-    An epoch is a random order of all rows, without those that do not fill a last step. With
-    `lengths` it is cut into windows of WINDOW micro-batches, and the rows of a window are sorted by
-    length before they are cut into micro-batches, so that short rows are not padded to the length
-    of long ones. The micro-batches of the whole epoch are then dealt to the steps at random.
+    An epoch is a random order of all rows, without those that do not fill a last step. It is cut
+    into windows of some micro-batches (of all ranks), and the rows of a window are sorted by length
+    before they are cut into micro-batches, so that short rows are not padded to the length of long
+    ones. The micro-batches of the whole epoch are then dealt to the steps at random.
+
+    Padding, of HH dialogues with 8 rows a step (bench/padding.py): in windows of 1, 8, 32 and 256
+    it is 54, 14, 4 and 1 % of SFT's tokens, and 55, 21, 13 and 10 % of the reward model's, whose
+    pairs have two lengths.
 
     How random is a step then? Every row still comes once an epoch, and every epoch draws the
     windows anew, so a row meets others each time. The micro-batches of a step are independent of
@@ -946,19 +944,22 @@ class StepSampler:
     of long rows, while random steps all have about as many tokens. Pairs weigh the same.
 
     step_rows  rows of an optimizer step on all ranks together
-    parts      micro-batches of a step
     lengths    (rows,) tokens of each row; None: steps of random rows
+    parts      micro-batches of a step
+    window     micro-batches of a window; 1: steps of random rows
     """
 
-    def __init__(self, row_count, step_rows, parts, seed, rank, world_size, lengths=None):
+    def __init__(self, row_count, step_rows, seed, rank, world_size, lengths=None, parts=1,
+                 window=1):
         self.row_count = row_count
         self.step_rows = step_rows
         self.step_count = row_count // step_rows
-        self.part_rows = step_rows // parts
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
         self.lengths = lengths
+        self.parts = parts
+        self.window = window
         self.epoch = 0
 
     def set_epoch(self, epoch):
@@ -971,13 +972,14 @@ class StepSampler:
         # RandomState, because its numbers are the same in every version of numpy.
         random = np.random.RandomState([self.seed, self.epoch])
         rows = random.permutation(self.row_count)[:self.step_count * self.step_rows]
-        if self.lengths is not None:
-            window_rows = WINDOW * self.part_rows
+        if self.lengths is not None and self.window > 1:
+            part_rows = self.step_rows // self.parts
+            window_rows = self.window * part_rows
             for start in range(0, len(rows), window_rows):
                 window = rows[start:start + window_rows]
                 by_length = np.argsort(self.lengths[window], kind="stable")
                 rows[start:start + window_rows] = window[by_length]
-            micro_batches = rows.reshape(-1, self.part_rows)
+            micro_batches = rows.reshape(-1, part_rows)
             rows = random.permutation(micro_batches)
         steps = rows.reshape(self.step_count, self.step_rows)
         # Every world_size-th row of a micro-batch, because then all ranks have about as many tokens
@@ -987,17 +989,14 @@ class StepSampler:
 
 
 def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, lengths=None,
-                    parts=1):
+                    parts=1, window=1):
     """
-    Of training rows: this rank's batches in the order of StepSampler, without the last incomplete
-    one. Call `.sampler.set_epoch` each epoch.
-
-    batch_size  rows of a step on this rank
-    lengths     (rows,) tokens of each row, for micro-batches of similar lengths; None: random rows
-    parts       micro-batches of a step
+    Of training rows: this rank's batches, batch_size rows of each step, in the order of StepSampler
+    (which explains the other arguments) and without the last incomplete step. Call
+    `.sampler.set_epoch` each epoch.
     """
-    sampler = StepSampler(len(dataset), batch_size * world_size, parts, seed, rank, world_size,
-                          lengths)
+    sampler = StepSampler(len(dataset), batch_size * world_size, seed, rank, world_size, lengths,
+                          parts, window)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=True)
 
 
@@ -1073,16 +1072,15 @@ def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
     collate = Collator(stage, tokenizer.pad_token_id, train_on_prompt)
     collate_step = collate
     held_rows = rows
-    lengths = None  # prompts stay in a random order, because a rollout is scored by length anyway
-    parts = 1
+    by_length = {}  # prompts stay in a random order, because a rollout is sorted by length anyway
     if stage < 3:
         parts = config.gradient_accumulation_steps
+        by_length = {"lengths": train_set.lengths(), "parts": parts, "window": config.length_window}
         collate_step = MicroBatches(collate, parts)
         held_rows = config.per_device_train_batch_size
-        lengths = train_set.lengths()
         held_set = sorted(held_set, key=longest_sequence)
-    train_loader = make_dataloader(train_set, collate_step, rows, config.seed, rank, world, lengths,
-                                   parts)
+    train_loader = make_dataloader(train_set, collate_step, rows, config.seed, rank, world,
+                                   **by_length)
     held_loader = DataLoader(rank_share(held_set, rank, world), held_rows, collate_fn=collate)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
     steps = "rollouts" if stage == 3 else "optimizer steps"

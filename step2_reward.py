@@ -58,6 +58,8 @@ class Config(RunConfig):
     model_name_or_path: str = flag("", "becomes the reward model: folder or hub name; default "
                                        "OUTPUT_DIR/sft")
     learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top", at_least=0)
+    length_window: int = flag(32, "micro-batches whose rows are sorted by length together; 1: none",
+                              at_least=1)
     dpo: bool = flag(False, "train the policy itself on the pairs (DPO), into output/actor")
     dpo_beta: float = flag(0.1, "beta of DPO, reward units per nat")
 

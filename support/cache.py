@@ -44,7 +44,7 @@ FEATURES = {"input_ids": ids, "chosen": ids, "rejected": ids,
 @dataclass
 class Prepared:
     """What is cached."""
-    rows: dict            # name -> items, dicts of data.encode_records: a list, or Rows of the cache
+    rows: dict            # name -> items of data.encode_records: in a list, or Rows of the cache
     held_records: list    # see data.StageData
     checksum: int         # of all token ids
     lines: list = field(default_factory=list)  # of the log
@@ -157,7 +157,8 @@ def write_prepared(prepared, folder):
             counts = {name: len(items) for name, items in prepared.rows.items()}
             about = pickle.dumps(replace(prepared, rows=counts))
             (staging / "about.pickle").write_bytes(about)
-            if not folder.exists():  # another run, or a host with the same disk, may have been first
+            # Another run, or a host with the same disk, may have been first.
+            if not folder.exists():
                 staging.rename(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)

@@ -1077,9 +1077,9 @@ def test_micro_batches_keep_the_rows_and_save_padding(tokenizer):
     assert sum(part["input_ids"].numel() for part in parts) < 0.75 * whole["input_ids"].numel()
 
 
-def steps_of(world, epoch=3, lengths=None, rows=67, step_rows=8):
+def steps_of(world, epoch=3, lengths=None, rows=67, step_rows=8, parts=1):
     """-> for each step the row numbers of all ranks together, sorted."""
-    loaders = [make_dataloader(list(range(rows)), list, step_rows // world, 1, rank, world, lengths)
+    loaders = [make_dataloader(list(range(rows)), list, step_rows // world, 1, rank, world, lengths, parts, window=32)
                for rank in range(world)]
     for loader in loaders:
         loader.sampler.set_epoch(epoch)
@@ -1092,8 +1092,10 @@ LENGTHS = np.random.RandomState(0).randint(1, 500, 1000)
 @pytest.mark.parametrize("rows", [64, 67])
 @pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["random", "by length"])
 def test_a_step_has_the_same_rows_for_any_number_of_ranks(rows, lengths):
-    one, two, four = [steps_of(world, lengths=lengths, rows=rows) for world in (1, 2, 4)]
-    assert one == two == four and len(one) == 8
+    for parts in (1, 2):
+        one, two, four = [steps_of(world, lengths=lengths, rows=rows, parts=parts)
+                          for world in (1, 2, 4)]
+        assert one == two == four and len(one) == 8
     assert len(set(sum(four, []))) == 64, "no row twice in an epoch"
 
 
@@ -1119,17 +1121,28 @@ def test_steps_of_similar_lengths():
     assert all(len(rows) == 100 and np.std(LENGTHS[list(rows)]) > 100 for rows in left_out)
 
 
+def test_the_micro_batches_of_a_step_are_of_different_lengths():
+    """They are dealt to it at random, and MicroBatches finds them again."""
+    items = [{"input_ids": np.zeros(length, np.int32)} for length in LENGTHS]
+    loader = make_dataloader(items, MicroBatches(list, 4), 32, 1, lengths=LENGTHS, parts=4,
+                             window=32)
+    steps = [[[len(item["input_ids"]) for item in part] for part in step] for step in loader]
+    within = [max(part) - min(part) for step in steps for part in step]
+    between = [max(map(max, step)) - min(map(min, step)) for step in steps]
+    assert len(steps) == 31 and np.mean(within) < 20 < 200 < np.mean(between)
+
+
 def test_ranks_have_equal_shares_of_a_steps_tokens():
     tokens = []
     for rank in range(4):
-        loader = make_dataloader(list(range(1000)), list, 8, 1, rank, 4, LENGTHS)
+        loader = make_dataloader(list(range(1000)), list, 8, 1, rank, 4, LENGTHS, window=32)
         tokens.append([LENGTHS[rows].sum() for rows in loader])
     shares = np.array(tokens) / np.mean(tokens, axis=0)
     assert abs(shares - 1).mean() < 0.01
 
 
 def test_a_run_goes_on_in_the_middle_of_an_epoch():
-    loader = make_dataloader(list(range(1000)), list, 8, 1, lengths=LENGTHS)
+    loader = make_dataloader(list(range(1000)), list, 8, 1, lengths=LENGTHS, window=32)
     whole = list(training_steps(loader, 300))
     for done in (0, 1, 124, 125, 200):
         assert list(training_steps(loader, 300, done)) == whole[done:]

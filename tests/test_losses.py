@@ -421,7 +421,8 @@ def test_steps_by_length_teach_what_the_same_rows_do_when_all_are_padded(make_mo
         items.append({**dict(zip(names, ids)), "prompt_len": 2})
     lengths = np.array([longest_sequence(item) for item in items])
     collate = Collator(stage, pad_token_id=3)
-    loader = make_dataloader(items, MicroBatches(collate, 4), 8, seed=0, lengths=lengths)
+    loader = make_dataloader(items, MicroBatches(collate, 4), 8, seed=0, lengths=lengths, parts=4,
+                             window=4)
     if stage == 1:
         model = LanguageModel(make_model("opt"))
         loss_sum = lambda batch: batch_loss(model, batch)
