@@ -934,7 +934,7 @@ class StepSampler:
     ones. The micro-batches of the whole epoch are then dealt to the steps at random.
 
     Padding, of HH dialogues with 8 rows a step (bench/padding.py): in windows of 1, 8, 32 and 256
-    it is 54, 14, 4 and 1 % of SFT's tokens, and 55, 21, 13 and 10 % of the reward model's, whose
+    it is 54, 13, 4 and 1 % of SFT's tokens, and 55, 21, 13 and 10 % of the reward model's, whose
     pairs have two lengths.
 
     How random is a step then? Every row still comes once an epoch, and every epoch draws the

@@ -6,7 +6,7 @@ SFT and the reward model with the stages' default flags.
 
 TOKENIZER is a model's folder or hub name, FILE what --data_path takes. Printed are the share of
 padding among all tokens, over five epochs of the training rows, and the examples a second of an OPT
-shape (6 layers, 512 wide, float32) on the CPU. The two orders take turns, 32 steps each: whole
+shape (4 layers, 256 wide, float32) on the CPU. The two orders take turns, 32 steps each: whole
 epochs of the same 256 rows, so that both train on the same examples. About ten minutes on one core.
 """
 
@@ -109,8 +109,8 @@ def main(tokenizer_name, files):
 
         torch.manual_seed(0)
         shape = transformers.OPTConfig(
-            vocab_size=len(tokenizer), hidden_size=512, word_embed_proj_dim=512, ffn_dim=2048,
-            num_hidden_layers=6, num_attention_heads=8, num_labels=1, dropout=0.0,
+            vocab_size=len(tokenizer), hidden_size=256, word_embed_proj_dim=256, ffn_dim=1024,
+            num_hidden_layers=4, num_attention_heads=4, num_labels=1, dropout=0.0,
             max_position_embeddings=config.max_seq_len, pad_token_id=tokenizer.pad_token_id)
         engine, loss, count = make_engine(shape, ds_config, config)
         some_rows = [rows[row] for row in range(ROWS)]
