@@ -66,7 +66,7 @@ case $model in
   tiny)
     base=tiny critic=$out/sft data="--data_path toy"
     sft="--learning_rate 2e-3 --num_warmup_steps 60 --max_steps 1500 --per_device_train_batch_size 16
-         --gradient_accumulation_steps 2"
+         --gradient_accumulation_steps 2 --length_window 1"  # the toy's styles differ in length, and a step needs them all
     reward="--learning_rate 3e-4 --num_warmup_steps 30 --max_steps 1200 --per_device_train_batch_size 16"
     ppo="--actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --num_warmup_steps 5 --max_steps 160
          --per_device_generation_batch_size 64 --per_device_train_batch_size 32"

@@ -10,7 +10,8 @@ have m_t = 1. The sums run over the whole batch of all micro-batches and process
 the same wherever it is.
 
     # `tiny`: a CPU minute
-    python step1_sft.py --learning_rate 2e-3 --max_answer_seq_len 40 --max_steps 300
+    python step1_sft.py --learning_rate 2e-3 --max_answer_seq_len 40 --max_steps 300 \\
+        --length_window 1
     # one GPU
     deepspeed step1_sft.py --model_name_or_path facebook/opt-1.3b --data_path Dahoas/rm-static
     # eight
