@@ -939,11 +939,12 @@ class StepSampler:
 
     How random is a step then? Every row still comes once an epoch, and every epoch draws the
     windows anew, so a row meets others each time. The micro-batches of a step are independent of
-    each other, but within one all rows are about as long. Pairs do not mind. SFT's loss is a mean
-    over a step's tokens, so a token of a step of short rows weighs more; and where a length says
-    what a row is, as the toy's styles do, a step sees one kind of row. After as many steps, trained
-    from nothing, HH's held-out perplexity is 1.4 % higher than with random steps, the toy's 5 to
-    11 %: its preset has --length_window 1.
+    each other, but within one all rows are about as long. SFT's loss is a mean over a step's
+    tokens, so a token of a step of short rows weighs more; and where a length says what a row is,
+    as the toy's styles do, a step sees one kind of row. After as many steps, trained from nothing,
+    HH's held-out perplexity was 1.4 % higher than with random steps (one seed), the toy's about 6 %
+    (three), and its reward model's accuracy .863 and .873 where it was .863 and .893 (two). So the
+    toy's presets have --length_window 1.
 
     step_rows  rows of an optimizer step on all ranks together
     lengths    (rows,) tokens of each row; None: steps of random rows

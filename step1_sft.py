@@ -47,7 +47,7 @@ from support.processes import all_sum, print0, run_stage, setup, to_device
 class Config(RunConfig):
     model_name_or_path: str = flag("tiny", "folder, hub name or tiny: what is fine-tuned")
     learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top", at_least=0)
-    length_window: int = flag(32, "micro-batches whose rows are sorted by length together; 1: none",
+    length_window: int = flag(32, "micro-batches sorted by length together; 1: random rows",
                               at_least=1)
     train_on_prompt: bool = flag(False, "train on the prompt's tokens too")
 

@@ -63,11 +63,11 @@ def cache_key(sources, tokenizer, settings):
     """
     digest = hashlib.blake2b(digest_size=16)
     for version in (transformers.__version__, datasets.__version__, repr(settings)):
-        digest.update(version.encode())
+        digest.update(version.encode(errors="surrogateescape"))
     for name in CODE:
         digest.update((ROOT / name).read_bytes())
     for source in sources:
-        digest.update(f"{source} {content_of(source)}".encode())
+        digest.update(f"{source} {content_of(source)}".encode(errors="surrogateescape"))
     # A tokenizer is the files in which it is saved, its chat template among them.
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -251,27 +251,31 @@ def content_of(source):
     """
     A digest of what read_source(source) reads, without reading it as rows: of a file's bytes, or of
     all files below a folder; of a set on the hub the fingerprint that `datasets` has for it. Empty
-    for the toy, which is code, and for what is missing or cannot be read, which read_source says.
+    for the toy, which is code, and for plain text that is missing, which its reader says. Raises
+    UsageError for another source that is missing.
     """
     name, config, split, revision = split_name(source)
     path = Path(name)
-    if source == "toy" or path.suffix in (".txt", ".gz") and not path.exists():
+    if source == "toy":
         return ""
-    if not path.exists():
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif name.removesuffix(".gz").endswith(".txt"):
+        return ""
+    else:
         check_missing(source, name)
         parts = open_dataset(name, config, split, revision)
         return " ".join(part._fingerprint for part in parts if part is not None)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         try:
             with open(file, "rb") as opened:
                 content = hashlib.file_digest(opened, "blake2b").hexdigest()
-        except OSError:
-            return ""
-        digest.update(f"{file.relative_to(path)} {content}\n".encode())
+        except OSError as error:
+            content = error.strerror
+        digest.update(f"{file.relative_to(path)} {content}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

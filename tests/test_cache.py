@@ -4,6 +4,7 @@ nothing that is broken off passes for whole.
 """
 
 import datetime
+import io
 import json
 import os
 import resource
@@ -23,7 +24,7 @@ import step3_ppo
 from conftest import ROOT, clean_environment
 from data import load_stage_data, load_tokenizer, longest_sequence
 from ranks import run_ranks
-from support import cache
+from support import cache, sources
 from support.flags import UsageError
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -179,6 +180,24 @@ def test_all_that_the_rows_depend_on_changes_the_key(tokenizer, tmp_path, monkey
         monkeypatch.setattr(cache, "ROOT", copy)
         keys.append(key())
     assert len(set(keys)) == len(keys)
+
+
+def test_files_that_cannot_be_read_do_not_hide_the_others(tmp_path, monkeypatch):
+    """A file that is for others' eyes: root may read any, so opening it fails here by a patch."""
+    for name in ("train.jsonl", "secret"):
+        (tmp_path / name).write_text(name)
+
+    def refuse(file, mode):
+        if file.name == "secret":
+            raise PermissionError(13, "Permission denied")
+        return io.open(file, mode)
+
+    monkeypatch.setattr(sources, "open", refuse, raising=False)
+    before = sources.content_of(str(tmp_path))
+    (tmp_path / "train.jsonl").write_text("other rows")
+    assert sources.content_of(str(tmp_path)) != before
+    with pytest.raises(UsageError, match="/dev/zero is a pipe or a device"):
+        sources.content_of("/dev/zero")
 
 
 def test_a_changed_file_is_read_again(tokenizer, tmp_path, own_cache):
