@@ -942,8 +942,8 @@ class StepSampler:
     each other, but within one all rows are about as long. SFT's loss is a mean over a step's
     tokens, so a token of a step of short rows weighs more; and where a length says what a row is,
     as the toy's styles do, a step sees one kind of row. After as many steps, trained from nothing,
-    HH's held-out perplexity was 1.4 % higher than with random steps (one seed), the toy's about 6 %
-    (three), and its reward model's accuracy .863 and .873 where it was .863 and .893 (two). So the
+    HH's held-out perplexity was 1.4 % higher than with random steps (one run each), the toy's about
+    6 % (three runs against four), and its reward model's accuracy .868 against .878 (two). So the
     toy's presets have --length_window 1.
 
     step_rows  rows of an optimizer step on all ranks together
