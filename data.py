@@ -33,21 +33,21 @@ import socket
 import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from support.cache import Prepared, cache_key, prepare_once
 from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usage_error,
                            first_line, flag, parse_config)
 from support.forms import FORMS, JOINS, Unusable
-from support.processes import raise_on_all_ranks
 from support.sources import read_source, read_text
 from support.toy import load_gold_mark, toy_tokenizer
 
@@ -89,6 +89,9 @@ class Preference:
                 if message["role"] == "user":
                     named.append(text)
         return [normalised(text) for text in named]
+
+    def __getstate__(self):  # what the cache pickles: not the keys, which are soon made again
+        return {name: value for name, value in vars(self).items() if name != "keys"}
 
 
 def normalised(text):
@@ -838,7 +841,7 @@ def pad(sequences, value, side):
     for row, sequence in enumerate(sequences):
         length = len(sequence)
         real = slice(0, length) if side == "right" else slice(T - length, T)
-        ids[row, real] = torch.as_tensor(np.asarray(sequence), dtype=torch.int64)
+        ids[row, real] = torch.from_numpy(np.asarray(sequence, np.int64))
         mask[row, real] = 1
     return ids, mask
 
@@ -919,13 +922,84 @@ def rows_of_step(row_count, config, stage, world_size):
     return rows
 
 
-def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1):
+class StepSampler:
     """
-    Of training rows: every rank gets its share of the same seeded order, without the last
-    incomplete batch. The k-th batches of all ranks together are the same rows for any number of
-    ranks. Call `.sampler.set_epoch` each epoch.
+    Row numbers of this rank, step after step. Seed and epoch alone decide which rows are a step's,
+    so the k-th steps of all ranks together are the same rows for any number of ranks, and a resumed
+    run goes on with the step it would have had.
+
+    An epoch is a random order of all rows, without those that do not fill a last step. It is cut
+    into windows of some micro-batches (of all ranks), and the rows of a window are sorted by length
+    before they are cut into micro-batches, so that short rows are not padded to the length of long
+    ones. The micro-batches of the whole epoch are then dealt to the steps at random.
+
+    Padding, of HH dialogues with 8 rows a step (bench/padding.py): in windows of 1, 8, 32 and 256
+    it is 54, 13, 4 and 1 % of SFT's tokens, and 55, 21, 13 and 10 % of the reward model's, whose
+    pairs have two lengths.
+
+    How random is a step then? Every row still comes once an epoch, and every epoch draws the
+    windows anew, so a row meets others each time. The micro-batches of a step are independent of
+    each other, but within one all rows are about as long. SFT's loss is a mean over a step's
+    tokens, so a token of a step of short rows weighs more; and where a length says what a row is,
+    as the toy's styles do, a step sees one kind of row. After as many steps, trained from nothing,
+    HH's held-out perplexity was 1.4 % higher than with random steps (one run each), the toy's about
+    6 % (three runs against four), and its reward model's accuracy .868 against .878 (two). So the
+    toy's presets have --length_window 1.
+
+    step_rows  rows of an optimizer step on all ranks together
+    lengths    (rows,) tokens of each row; None: steps of random rows
+    parts      micro-batches of a step
+    window     micro-batches of a window; 1: steps of random rows
     """
-    sampler = DistributedSampler(dataset, world_size, rank, seed=seed, drop_last=True)
+
+    def __init__(self, row_count, step_rows, seed, rank, world_size, lengths=None, parts=1,
+                 window=1):
+        self.row_count = row_count
+        self.step_rows = step_rows
+        self.step_count = row_count // step_rows
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.lengths = lengths
+        self.parts = parts
+        self.window = window
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return self.step_count * self.step_rows // self.world_size
+
+    def __iter__(self):
+        # RandomState, because its numbers are the same in every version of numpy.
+        random = np.random.RandomState([self.seed, self.epoch])
+        rows = random.permutation(self.row_count)[:self.step_count * self.step_rows]
+        if self.lengths is not None and self.window > 1:
+            part_rows = self.step_rows // self.parts
+            window_rows = self.window * part_rows
+            for start in range(0, len(rows), window_rows):
+                window = rows[start:start + window_rows]
+                by_length = np.argsort(self.lengths[window], kind="stable")
+                rows[start:start + window_rows] = window[by_length]
+            micro_batches = rows.reshape(-1, part_rows)
+            rows = random.permutation(micro_batches)
+        steps = rows.reshape(self.step_count, self.step_rows)
+        # Every world_size-th row of a micro-batch, because then all ranks have about as many tokens
+        # and none waits for another.
+        for number in steps[:, self.rank::self.world_size].flat:
+            yield int(number)
+
+
+def make_dataloader(dataset, collate, batch_size, seed, rank=0, world_size=1, lengths=None,
+                    parts=1, window=1):
+    """
+    Of training rows: this rank's batches, batch_size rows of each step, in the order of StepSampler
+    (which explains the other arguments) and without the last incomplete step. Call
+    `.sampler.set_epoch` each epoch.
+    """
+    sampler = StepSampler(len(dataset), batch_size * world_size, seed, rank, world_size, lengths,
+                          parts, window)
     return DataLoader(dataset, batch_size, sampler=sampler, collate_fn=collate, drop_last=True)
 
 
@@ -990,28 +1064,26 @@ def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
     raises  UsageError, on all ranks, for data that a rank cannot use, or has otherwise than another
     """
     warn_of_other_dealing(config, log)
-    max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
-    with raise_on_all_ranks():  # because a host may lack a file that the others have
-        train_records, all_held_records = load_records(config, stage, log)
-        held_records = all_held_records[:config.max_eval_samples]
-        train_set = encode_records(train_records, tokenizer, stage, max_len, log)
-        held_set = encode_records(held_records, tokenizer, stage, max_len, log)
-        rows = rows_of_step(len(train_set), config, stage, world)
-        text_set = []
-        if getattr(config, "unsupervised_data_path", None):  # a flag of stage 3 alone
-            held_keys = {record.keys[-1] for record in all_held_records}
-            text_set = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len,
-                                   held_keys, log)
-    check_ranks_agree(train_set + held_set + text_set)
+    prepared = prepare_once(lambda: key_of_stage(config, stage, tokenizer),
+                            lambda log: prepare(config, stage, tokenizer, log), log)
+    train_set, held_set, text_set = (prepared.rows[name] for name in ("train", "held", "text"))
+    check_ranks_agree(len(train_set) + len(held_set) + len(text_set), prepared.checksum)
+    rows = rows_of_step(len(train_set), config, stage, world)
+    held_set = list(held_set)
 
     train_on_prompt = getattr(config, "train_on_prompt", False)  # a flag of stage 1 alone
     collate = Collator(stage, tokenizer.pad_token_id, train_on_prompt)
     collate_step = collate
     held_rows = rows
+    by_length = {}  # prompts stay in a random order, because a rollout is sorted by length anyway
     if stage < 3:
-        collate_step = MicroBatches(collate, config.gradient_accumulation_steps)
+        parts = config.gradient_accumulation_steps
+        by_length = {"lengths": train_set.lengths(), "parts": parts, "window": config.length_window}
+        collate_step = MicroBatches(collate, parts)
         held_rows = config.per_device_train_batch_size
-    train_loader = make_dataloader(train_set, collate_step, rows, config.seed, rank, world)
+        held_set = sorted(held_set, key=longest_sequence)
+    train_loader = make_dataloader(train_set, collate_step, rows, config.seed, rank, world,
+                                   **by_length)
     held_loader = DataLoader(rank_share(held_set, rank, world), held_rows, collate_fn=collate)
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
     steps = "rollouts" if stage == 3 else "optimizer steps"
@@ -1025,8 +1097,37 @@ def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
         updates = config.updates_per_rollout
         text_batches = load_text_batches(config, text_set, tokenizer, total_steps * updates,
                                          done * updates, rank, world)
-    return StageData(train_loader, held_loader, len(held_set), held_records, total_steps,
+    return StageData(train_loader, held_loader, len(held_set), prepared.held_records, total_steps,
                      load_gold_mark(config), text_batches)
+
+
+def prepare(config, stage, tokenizer, log):
+    """
+    Records -> Prepared: the items of a stage, those of its held-out rows, and PPO's mixture of text
+    in lists. Raises UsageError for data that cannot be used.
+    """
+    max_len = config.max_prompt_seq_len if stage == 3 else config.max_seq_len
+    train_records, all_held_records = load_records(config, stage, log)
+    held_records = all_held_records[:config.max_eval_samples]
+    rows = {"train": encode_records(train_records, tokenizer, stage, max_len, log),
+            "held": encode_records(held_records, tokenizer, stage, max_len, log), "text": []}
+    if getattr(config, "unsupervised_data_path", None):  # a flag of stage 3 alone
+        held_keys = {record.keys[-1] for record in all_held_records}
+        rows["text"] = encode_text(config.unsupervised_data_path, tokenizer, config.max_seq_len,
+                                   held_keys, log)
+    checksum = 0
+    for item in itertools.chain(*rows.values()):
+        for ids in sequences_of(item).values():
+            checksum = zlib.crc32(ids.tobytes(), checksum)
+    return Prepared(rows, held_records, checksum)
+
+
+def key_of_stage(config, stage, tokenizer):
+    """-> cache_key of what `prepare` makes."""
+    text_sources = getattr(config, "unsupervised_data_path", None) or []
+    flags = {one.name: getattr(config, one.name) for one in fields(DataConfig)}
+    sources = [*config.data_path, *config.sft_data_path, *text_sources]
+    return cache_key(sources, tokenizer, (stage, flags, text_sources))
 
 
 def warn_of_other_dealing(config, log):
@@ -1050,18 +1151,14 @@ def warn_of_other_dealing(config, log):
                     "is tested on may have been trained on. Give both the same.")
 
 
-def check_ranks_agree(items):
+def check_ranks_agree(row_count, checksum):
     """
     Raises UsageError, on all ranks, where a rank has read other rows than rank 0, from a file that
     differs on its host, say. Ranks would wait for each other in vain, or train on rows that others
     hold out. Collective.
     """
-    crc = 0
-    for item in items:
-        for ids in sequences_of(item).values():
-            crc = zlib.crc32(ids.tobytes(), crc)
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (len(items), crc, socket.gethostname()))
+    dist.all_gather_object(found, (row_count, checksum, socket.gethostname()))
     first_count, first_crc, first_host = found[0]
     for rank, (count, crc, host) in enumerate(found):
         if (count, crc) != (first_count, first_crc):

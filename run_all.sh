@@ -70,6 +70,7 @@ case $model in
     reward="--learning_rate 3e-4 --num_warmup_steps 30 --max_steps 1200 --per_device_train_batch_size 16"
     ppo="--actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --num_warmup_steps 5 --max_steps 160
          --per_device_generation_batch_size 64 --per_device_train_batch_size 32"
+    sft+=" --length_window 1" reward+=" --length_window 1"  # the toy's styles differ in length, and a step needs them all
     data+=" --max_answer_seq_len 40 --logging_steps 50" ;;
   opt-125m | opt-350m | opt-1.3b | opt-2.7b)
     base=facebook/$model

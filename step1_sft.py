@@ -10,7 +10,8 @@ have m_t = 1. The sums run over the whole batch of all micro-batches and process
 the same wherever it is.
 
     # `tiny`: a CPU minute
-    python step1_sft.py --learning_rate 2e-3 --max_answer_seq_len 40 --max_steps 300
+    python step1_sft.py --learning_rate 2e-3 --max_answer_seq_len 40 --max_steps 300 \\
+        --length_window 1
     # one GPU
     deepspeed step1_sft.py --model_name_or_path facebook/opt-1.3b --data_path Dahoas/rm-static
     # eight
@@ -46,6 +47,8 @@ from support.processes import all_sum, print0, run_stage, setup, to_device
 class Config(RunConfig):
     model_name_or_path: str = flag("tiny", "folder, hub name or tiny: what is fine-tuned")
     learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top", at_least=0)
+    length_window: int = flag(32, "micro-batches sorted by length together; 1: random rows",
+                              at_least=1)
     train_on_prompt: bool = flag(False, "train on the prompt's tokens too")
 
 

@@ -17,7 +17,7 @@ same loss, with
 where pi_ref is the model it starts from. The sum over the answer's tokens includes its EOS.
 
     # on `tiny`'s output/sft: a CPU minute
-    python step2_reward.py --learning_rate 3e-4 --max_steps 300
+    python step2_reward.py --learning_rate 3e-4 --max_steps 300 --length_window 1
     # the same minute, instead of steps 2 and 3
     python step2_reward.py --dpo --learning_rate 1e-4 --max_steps 300
     # one GPU, eight
@@ -58,6 +58,8 @@ class Config(RunConfig):
     model_name_or_path: str = flag("", "becomes the reward model: folder or hub name; default "
                                        "OUTPUT_DIR/sft")
     learning_rate: float = flag(1e-5, "AdamW's, at the schedule's top", at_least=0)
+    length_window: int = flag(32, "micro-batches sorted by length together; 1: random rows",
+                              at_least=1)
     dpo: bool = flag(False, "train the policy itself on the pairs (DPO), into output/actor")
     dpo_beta: float = flag(0.1, "beta of DPO, reward units per nat")
 

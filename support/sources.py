@@ -4,6 +4,7 @@ Sources -> rows: what --data_path names, read into memory. A row is a dict, its 
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -155,9 +156,9 @@ def split_of_file(name):
     return re.sub(r"([-_]?\d+([-_]of[-_]\d+)?)$", "", stem)
 
 
-def read_dataset(name, config, split, revision):
+def open_dataset(name, config, split, revision):
     """
-    A data set that `datasets` reads -> (rows, test rows or None).
+    A data set that `datasets` reads -> (its Dataset, that of its test rows or None).
 
     name  on the hub; or a folder: a clone of a hub's repository, or of save_to_disk
     """
@@ -166,7 +167,7 @@ def read_dataset(name, config, split, revision):
     saved_splits = os.path.exists(os.path.join(name, "dataset_dict.json"))
     try:
         if saved:
-            return datasets.load_from_disk(name).to_list(), None
+            return datasets.load_from_disk(name), None
         if saved_splits:
             dataset = datasets.load_from_disk(name)
         else:
@@ -192,8 +193,14 @@ def read_dataset(name, config, split, revision):
     for test in ("test", "validation", "eval"):
         test_split = wanted.replace("train", test)
         if test_split != wanted and test_split in dataset:
-            return dataset[wanted].to_list(), dataset[test_split].to_list()
-    return dataset[wanted].to_list(), None
+            return dataset[wanted], dataset[test_split]
+    return dataset[wanted], None
+
+
+def read_dataset(name, config, split, revision):
+    """open_dataset's as (rows, test rows or None)."""
+    train, test = open_dataset(name, config, split, revision)
+    return train.to_list(), test.to_list() if test else None
 
 
 def load_from_hub(name, config, revision):
@@ -207,6 +214,16 @@ def load_from_hub(name, config, revision):
         return datasets.load_dataset(name, config, revision="refs/convert/parquet")
 
 
+def split_name(source):
+    """--data_path entry -> (name, config, split, revision), None where it does not say them."""
+    if source == "toy" or os.path.exists(source):
+        return source, None, None, None
+    name, _, revision = source.partition("@")
+    name, _, part = name.partition(":")
+    config, _, split = part.rpartition("/")
+    return name, config or None, split or None, revision or None
+
+
 def read_source(source):
     """
     --data_path entry -> (rows, test rows, or None where the source has no test split). An entry is
@@ -216,12 +233,7 @@ def read_source(source):
         return toy_rows(), None
     if os.path.isfile(source):
         return read_file(source), None
-    name, config, split, revision = source, None, None, None
-    if not os.path.exists(source):
-        name, _, revision = source.partition("@")
-        name, _, part = name.partition(":")
-        config, _, split = part.rpartition("/")
-        config, split, revision = config or None, split or None, revision or None
+    name, config, split, revision = split_name(source)
     if os.path.isdir(name):
         is_saved = any(os.path.exists(os.path.join(name, file))
                        for file in ("dataset_dict.json", "state.json"))
@@ -233,6 +245,38 @@ def read_source(source):
         return read_folder(name, split)
     check_missing(source, name)
     return read_dataset(name, config, split, revision)
+
+
+def content_of(source):
+    """
+    A digest of what read_source(source) reads, without reading it as rows: of a file's bytes, or of
+    all files below a folder; of a set on the hub the fingerprint that `datasets` has for it. Empty
+    for the toy, which is code, and for plain text that is missing, which its reader says. Raises
+    UsageError for another source that is missing.
+    """
+    name, config, split, revision = split_name(source)
+    path = Path(name)
+    if source == "toy":
+        return ""
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+    elif name.removesuffix(".gz").endswith(".txt"):
+        return ""
+    else:
+        check_missing(source, name)
+        parts = open_dataset(name, config, split, revision)
+        return " ".join(part._fingerprint for part in parts if part is not None)
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        try:
+            with open(file, "rb") as opened:
+                content = hashlib.file_digest(opened, "blake2b").hexdigest()
+        except OSError as error:
+            content = error.strerror
+        digest.update(f"{file.relative_to(path)} {content}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def check_missing(source, name):

@@ -7,6 +7,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 from pathlib import Path
@@ -1076,17 +1077,75 @@ def test_micro_batches_keep_the_rows_and_save_padding(tokenizer):
     assert sum(part["input_ids"].numel() for part in parts) < 0.75 * whole["input_ids"].numel()
 
 
-@pytest.mark.parametrize("rows", [64, 67])
-def test_a_step_has_the_same_rows_for_any_number_of_ranks(rows):
-    def steps(world):
-        loaders = [make_dataloader(list(range(rows)), list, 8 // world, seed=1, rank=rank, world_size=world)
-                   for rank in range(world)]
-        for loader in loaders:
-            loader.sampler.set_epoch(3)
-        return [sorted(sum(step, [])) for step in zip(*loaders, strict=True)]
+def steps_of(world, epoch=3, lengths=None, rows=67, step_rows=8, parts=1):
+    """-> for each step the row numbers of all ranks together, sorted."""
+    loaders = [make_dataloader(list(range(rows)), list, step_rows // world, 1, rank, world, lengths, parts, window=32)
+               for rank in range(world)]
+    for loader in loaders:
+        loader.sampler.set_epoch(epoch)
+    return [sorted(sum(step, [])) for step in zip(*loaders, strict=True)]
 
-    assert steps(1) == steps(2) == steps(4) and len(steps(1)) == 8
-    assert len(set(sum(steps(4), []))) == 64, "no row twice in an epoch"
+
+LENGTHS = np.random.RandomState(0).randint(1, 500, 1000)
+
+
+@pytest.mark.parametrize("rows", [64, 67])
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["random", "by length"])
+def test_a_step_has_the_same_rows_for_any_number_of_ranks(rows, lengths):
+    for parts in (1, 2):
+        one, two, four = [steps_of(world, lengths=lengths, rows=rows, parts=parts)
+                          for world in (1, 2, 4)]
+        assert one == two == four and len(one) == 8
+    assert len(set(sum(four, []))) == 64, "no row twice in an epoch"
+
+
+def test_steps_of_similar_lengths():
+    """1,000 rows are 125 steps of 8: three windows of 32 steps and one of 29."""
+    first = steps_of(1, 0, LENGTHS, 1000)
+    second = steps_of(1, 1, LENGTHS, 1000)
+    for steps in (first, second):
+        assert sorted(sum(steps, [])) == list(range(1000))
+        spread = [LENGTHS[rows].max() - LENGTHS[rows].min() for rows in steps]
+        # An eighth of a window's 256 lengths between 1 and 500 spans 500 / 32 or so.
+        assert max(spread) < 60 and np.mean(spread) < 20
+    longest = [LENGTHS[rows].max() for rows in first]
+    assert np.abs(np.diff(longest)).mean() > 100, "short and long steps in a random order"
+
+    # A row meets others in the next epoch, and what does not fill a step is drawn from all rows.
+    company = [{row: set(rows) for rows in steps for row in rows} for steps in (first, second)]
+    shared = [len(company[0][row] & company[1][row]) - 1 for row in range(1000)]
+    assert np.mean(shared) < 3
+    left_out = [set(range(1000)) - set(sum(steps_of(1, epoch, LENGTHS, 1000, 300), []))
+                for epoch in (0, 1)]
+    assert left_out[0] != left_out[1]
+    assert all(len(rows) == 100 and np.std(LENGTHS[list(rows)]) > 100 for rows in left_out)
+
+
+def test_the_micro_batches_of_a_step_are_of_different_lengths():
+    """They are dealt to it at random, and MicroBatches finds them again."""
+    items = [{"input_ids": np.zeros(length, np.int32)} for length in LENGTHS]
+    loader = make_dataloader(items, MicroBatches(list, 4), 32, 1, lengths=LENGTHS, parts=4,
+                             window=32)
+    steps = [[[len(item["input_ids"]) for item in part] for part in step] for step in loader]
+    within = [max(part) - min(part) for step in steps for part in step]
+    between = [max(map(max, step)) - min(map(min, step)) for step in steps]
+    assert len(steps) == 31 and np.mean(within) < 20 < 200 < np.mean(between)
+
+
+def test_ranks_have_equal_shares_of_a_steps_tokens():
+    tokens = []
+    for rank in range(4):
+        loader = make_dataloader(list(range(1000)), list, 8, 1, rank, 4, LENGTHS, window=32)
+        tokens.append([LENGTHS[rows].sum() for rows in loader])
+    shares = np.array(tokens) / np.mean(tokens, axis=0)
+    assert abs(shares - 1).mean() < 0.01
+
+
+def test_a_run_goes_on_in_the_middle_of_an_epoch():
+    loader = make_dataloader(list(range(1000)), list, 8, 1, lengths=LENGTHS, window=32)
+    whole = list(training_steps(loader, 300))
+    for done in (0, 1, 124, 125, 200):
+        assert list(training_steps(loader, 300, done)) == whole[done:]
 
 
 def test_epochs_have_orders_of_their_own():
@@ -1282,7 +1341,8 @@ def test_another_dealing_of_the_stage_before_is_said(tokenizer, tmp_path, proces
 
 
 def read_by_rank(rank, ranks, folder, error):
-    """Rank 1 has another file than rank 0."""
+    """Rank 1 has another file than rank 0, as on another host, whose first rank it is."""
+    os.environ["LOCAL_RANK"] = "0"
     config = step1_sft.Config(data_path=[f"{folder}/{rank}/rows.jsonl"], data_split="1,0,0")
     with pytest.raises(UsageError, match=error):
         load_stage_data(config, 1, load_tokenizer("tiny"), rank, ranks, log=quiet)

@@ -7,12 +7,13 @@ import copy
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import step3_ppo
-from data import Collator, MicroBatches, pad
+from data import Collator, MicroBatches, longest_sequence, make_dataloader, pad
 from hybrid_engine import train_engine, train_step
 from support.flags import UsageError
 from support.models import LanguageModel, RewardModel, last_token
@@ -395,6 +396,54 @@ def test_reward_step_is_the_same_in_any_micro_batches(make_model, settings, fami
         batches = MicroBatches(Collator(2, pad_token_id=3), parts)(items)
         loss, norm = train_step(engine, batches, lambda batch: reward_loss(*pair_scores(engine, batch)), 4)
         assert_same_step((weights(engine), loss, norm), expected)
+
+
+def loss_and_gradients(model, batches, loss_sum, count):
+    """Of a whole step: loss per `count`, gradients by name."""
+    model.zero_grad()
+    losses = [loss_sum(batch) / count for batch in batches]
+    sum(losses).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return sum(losses).item(), gradients
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_steps_by_length_teach_what_the_same_rows_do_when_all_are_padded(make_model, stage):
+    """
+    Steps of 8 rows as the loader deals them, in micro-batches of similar length, against the same
+    rows in one batch that is padded to 96 tokens.
+    """
+    generator = np.random.RandomState(0)
+    items = []
+    for length in generator.randint(3, 90, 40):
+        ids = [generator.randint(4, 900, length + more).astype(np.int32) for more in (0, 5)]
+        names = ["input_ids"] if stage == 1 else ["chosen", "rejected"]
+        items.append({**dict(zip(names, ids)), "prompt_len": 2})
+    lengths = np.array([longest_sequence(item) for item in items])
+    collate = Collator(stage, pad_token_id=3)
+    loader = make_dataloader(items, MicroBatches(collate, 4), 8, seed=0, lengths=lengths, parts=4,
+                             window=4)
+    if stage == 1:
+        model = LanguageModel(make_model("opt"))
+        loss_sum = lambda batch: batch_loss(model, batch)
+        count = trained_tokens
+    else:
+        model = RewardModel(make_model("opt", "score"))
+        loss_sum = lambda batch: reward_loss(*pair_scores(model, batch))
+        count = lambda batches: 8
+
+    for rows, batches in zip(loader.batch_sampler, loader, strict=True):
+        padded = collate([items[row] for row in rows])
+        extra = 96 - padded["input_ids"].size(1)
+        for name in ("input_ids", "attention_mask", "loss_mask"):
+            padded[name] = F.pad(padded[name], (0, extra), value=3 if name == "input_ids" else 0)
+        assert sum(batch["input_ids"].numel() for batch in batches) < padded["input_ids"].numel()
+        assert count(batches) == count([padded])
+        loss, gradients = loss_and_gradients(model, batches, loss_sum, count(batches))
+        expected_loss, expected = loss_and_gradients(model, [padded], loss_sum, count([padded]))
+        assert loss == pytest.approx(expected_loss, abs=1e-5)
+        torch.testing.assert_close(gradients, expected, atol=1e-5, rtol=0)
+        assert max(gradient.abs().max() for gradient in expected.values()) > 1e-2
 
 
 def make_experience(left=0, right=0):
