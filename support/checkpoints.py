@@ -36,6 +36,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -752,7 +753,7 @@ def load_plain(path):
     parts_of_an_array = [reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32"))]
     try:
         with torch.serialization.safe_globals(parts_of_an_array):
-            return torch.load(path, weights_only=True, mmap=True)
+            return torch.load(path, weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"{path} holds pickled objects beside numbers and tensors, and loading them could run "

@@ -130,9 +130,13 @@ def distance_to_the_old_policy(history):
     approxkl = column(last, "ppo/policy/approxkl").mean()
     ratio = column(last, "ppo/policy/ratio").mean()
     if approxkl > 0.1 or abs(ratio - 1) > 0.2:
+        # A nat a token is another policy: fewer epochs would not mend that.
+        remedy = "lower --actor_learning_rate or --ppo_epochs."
+        if approxkl > 1:
+            remedy = "--actor_learning_rate is too high; lower it tenfold."
         found["ratio"] = (
             f"the actor moves too far within one rollout (approximate KL {approxkl:.2g} nats a "
-            f"token, ratio {ratio:.2g}): lower --actor_learning_rate or --ppo_epochs.")
+            f"token, ratio {ratio:.2g}): {remedy}")
     return found
 
 

@@ -29,7 +29,7 @@ def _rank_main(rank, ranks, port, case, arguments, failures):
 
 
 def run_ranks(ranks, case, *arguments):
-    """Fails with the first rank's traceback, or when a rank is not done after 150 s."""
+    """Fails with the first rank's traceback, or when a rank is not done after 400 s."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -38,7 +38,7 @@ def run_ranks(ranks, case, *arguments):
     processes = [context.Process(target=_rank_main, args=(rank, ranks, port, case, arguments, failures))
                  for rank in range(ranks)]
     [p.start() for p in processes]
-    [p.join(150) for p in processes]
+    [p.join(400) for p in processes]
     hung = [rank for rank, p in enumerate(processes) if p.is_alive()]
     codes = [p.exitcode for p in processes]
     [p.kill() for p in processes]

@@ -73,6 +73,8 @@ CASES = [  # kind, what the sentence names, metrics of the anomaly, of a lesser 
      dict(response__logprob_drift=lambda t, noise: 5e-4)),
     ("ratio", "--ppo_epochs", dict(ppo__policy__approxkl=lambda t, noise: 0.3),
      dict(ppo__policy__approxkl=lambda t, noise: 0.03)),
+    ("ratio", "lower it tenfold", dict(ppo__policy__approxkl=lambda t, noise: 3),
+     dict(ppo__policy__approxkl=lambda t, noise: 0.03)),
     ("ratio", "--actor_learning_rate", dict(ppo__policy__ratio=lambda t, noise: 1.5),
      dict(ppo__policy__ratio=lambda t, noise: 1.05)),
     ("reward hacking", "exploits the reward model",

@@ -137,7 +137,7 @@ def averaging_at(rank, folder, stage, dtype):
     # by_name leaves the weights as they are.
     before = [weight.detach().clone() for weight in average._own_weights()]
     averages = average.by_name()
-    assert all(map(torch.equal, before, average._own_weights())), case
+    same_bits(average._own_weights(), before)
 
     # The averages are rank 0's, and those of the weights that the model is made of.
     names = {name for name, _ in model.named_parameters()}
@@ -163,7 +163,13 @@ def averaging_at(rank, folder, stage, dtype):
     resumed.load(everyones[0])
     again = resumed.by_name()
     assert all(torch.equal(again[name], averages[name]) for name in averages), case
-    assert all(map(torch.equal, before, average._own_weights())), case
+    same_bits(average._own_weights(), before)
+
+
+def same_bits(weights, before):
+    """ZeRO 3's padding is memory that nobody has written, and may hold NaN."""
+    for weight, expected in zip(weights, before, strict=True):
+        torch.testing.assert_close(weight, expected, atol=0, rtol=0, equal_nan=True)
 
 
 def nats_of(engine, ids):

@@ -713,7 +713,7 @@ def check_samples(rank, ranks, tokenizer, patch):
     engines = []
 
     class Sampler(GivenAnswers):
-        def __init__(self, model, vocabulary):
+        def __init__(self, model, tp_size, vocabulary):
             super().__init__()
             engines.append(self)
 
@@ -724,7 +724,8 @@ def check_samples(rank, ranks, tokenizer, patch):
     patch.setattr(metrics, "load_gold_mark", lambda config: lambda record, answer: record.place)
     records = [types.SimpleNamespace(prompt=[{"role": "user", "content": "Hello!"}], place=place)
                for place in (1.0, 2.0, 4.0, 8.0, 16.0)]
-    model = types.SimpleNamespace(generation_config=types.SimpleNamespace(eos_token_id=EOS_IDS))
+    model = types.SimpleNamespace(parameters=list,
+                                  generation_config=types.SimpleNamespace(eos_token_id=EOS_IDS))
     assert sample_answers(model, tokenizer, records, SFTConfig(seed=77)) == 31 / 5
     [[options]] = [engine.calls for engine in engines]
     assert options["eos_token_id"] == EOS_IDS
