@@ -4,7 +4,8 @@
 #   bash run_all.sh MODEL HARDWARE [flags for all three stages]
 #
 #   MODEL      tiny (a 1M-parameter OPT, trained from nothing on the built-in task) | opt-125m | opt-350m | opt-1.3b | opt-2.7b |
-#              opt-6.7b | opt-13b | opt-30b | opt-66b | llama-2-7b | llama-2-13b | llama-2-70b | a model folder | a hub name
+#              opt-6.7b | opt-13b | opt-30b | opt-66b | opt-175b | llama-2-7b | llama-2-13b | llama-2-70b | a model folder |
+#              a hub name
 #   HARDWARE   cpu | 1gpu | 1node (all GPUs of this host) | multinode (the hosts of $HOSTFILE, default /job/hostfile; start
 #              it on the first of them; $LAUNCHER_ARGS goes to DeepSpeed's launcher: --master_port 29600, --launcher openmpi)
 #
@@ -13,7 +14,8 @@
 #   bash run_all.sh opt-13b 1node --data_path Dahoas/rm-static my_pairs.jsonl --output_dir runs/13b
 #   STEP3_ARGS="--kl_coef 0.1 --ppo_epochs 2" bash run_all.sh tiny cpu        # flags for one stage
 #   bash run_all.sh opt-1.3b 1gpu --save_steps 200 --resume                    # the same line again goes on where it was
-#   bash run_all.sh opt-13b 1node --dry_run                    # what each stage will need: memory, hours, dollars
+#   bash run_all.sh opt-13b 1node --dry_run                    # will it fit, and what will it cost? plans without network or data
+#   bash run_all.sh opt-66b multinode --dry_run 32 --device h100
 #   bash run_all.sh setup                                      # only make the environment (.venv)
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -24,6 +26,7 @@ case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; es
 [ $# -ge 2 ] || stop "usage: bash run_all.sh MODEL HARDWARE [flags]; for example: bash run_all.sh tiny cpu"
 model=$1 hardware=$2
 shift 2
+case " $* " in *" --dry_run"*) dry_run=1 ;; *) dry_run= ;; esac  # plans, asks no other host and writes nothing
 
 # -----------------------------------------------------------------------------
 # hardware: how DeepSpeed starts the processes
@@ -36,8 +39,8 @@ case $hardware in
   1gpu)      launch=(deepspeed --num_gpus 1) ;;
   1node)     launch=(deepspeed) ;;
   multinode) hostfile=${HOSTFILE:-/job/hostfile}
-             [ -e "$hostfile" ] || stop "multinode needs a hostfile with lines like 'host1 slots=8'; name it in HOSTFILE"
-             hosts=$(awk 'NF && !/^#/ {print $1}' "$hostfile")
+             [ -e "$hostfile" ] || [ $dry_run ] || stop "multinode needs a hostfile with lines like 'host1 slots=8'; name it in HOSTFILE"
+             [ $dry_run ] || hosts=$(awk 'NF && !/^#/ {print $1}' "$hostfile")
              launch=(deepspeed --hostfile "$hostfile" ${LAUNCHER_ARGS:-})
              # without these, ssh, and with it the launcher, waits for ever for a host that was cut off
              export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=15 -o ServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}" ;;
@@ -77,14 +80,32 @@ case $model in
     sft+=" --per_device_train_batch_size 16 --gradient_accumulation_steps 4"
     reward+=" --per_device_train_batch_size 16 --gradient_accumulation_steps 4"
     ppo+=" --per_device_generation_batch_size 64 --per_device_train_batch_size 16 --gradient_accumulation_steps 2" ;;
-  opt-6.7b | opt-13b | opt-30b | opt-66b | llama-2-7b | llama-2-13b | llama-2-70b)
+  opt-6.7b | opt-13b | opt-30b | opt-66b | opt-175b | llama-2-7b | llama-2-13b | llama-2-70b)
     case $model in opt-*) base=facebook/$model ;; *) base=meta-llama/Llama-${model#llama-}-hf critic=$out/sft ;; esac
-    sft+=" --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --gradient_checkpointing"
+    # What fits on cards of 80 GB, by --dry_run: README has the table. Rollouts of 1,024 prompts on 64 GPUs, as there.
+    rollout=32 share= tp=1 adapters=
+    case $hardware/$model in
+      multinode/opt-175b)                              adapters=1 tp=8 rollout=4 ;;
+      multinode/opt-66b | multinode/opt-30b | multinode/llama-2-70b) tp=8 rollout=16 ;;
+      multinode/*)                                     rollout=16 ;;
+      1node/opt-6.7b)                                  ;;
+      1node/opt-13b | 1node/llama-2-7b)                share=" --zero_stage 3" tp=2 ;;
+      1node/llama-2-13b)                               share=" --zero_stage 3" tp=8 rollout=16 ;;
+      1node/*)                                         share=" --zero_stage 3" adapters=1 tp=8 rollout=16 ;;
+      *)                                               adapters=1 ;;
+    esac
+    batch=4
+    [ $rollout -ge 16 ] || batch=1
+    sft+=" --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --gradient_checkpointing$share"
     reward+=" --per_device_train_batch_size 4 --gradient_accumulation_steps 4"
-    ppo+=" --per_device_generation_batch_size 32 --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --gradient_checkpointing"
-    if [ "$hardware" = 1gpu ]; then  # the weights alone fill the card: adapters, and the reference model for nothing
-      sft+=" --lora_dim 128 --only_optimize_lora --learning_rate 5e-4"
-      ppo+=" --lora_dim 128 --only_optimize_lora --actor_learning_rate 5e-4 --critic_learning_rate 5e-4"
+    ppo+=" --per_device_generation_batch_size $rollout --per_device_train_batch_size $batch --gradient_accumulation_steps 4
+         --gradient_checkpointing --inference_tp_size $tp$share"
+    [ $critic != $out/sft ] || reward+=" --gradient_checkpointing$share"  # a critic of the actor's size
+    if [ $adapters ]; then  # the reference model for nothing; scaled by 1 / 128 at this rate, as there
+      lora=" --lora_dim 128 --lora_alpha 1 --only_optimize_lora"
+      sft+="$lora --learning_rate 5e-4"
+      ppo+="$lora --actor_learning_rate 5e-4 --critic_learning_rate 5e-4"
+      [ $critic != $out/sft ] || reward+="$lora --learning_rate 5e-4"
     fi ;;
   */* | .*)
     base=$model critic=$out/sft
@@ -94,7 +115,7 @@ case $model in
     sft="--learning_rate 1e-5" reward="--learning_rate 1e-5" ppo="" ;;
   *)
     [ -d "$model" ] || stop "MODEL '$model' is neither a preset, a folder nor a hub name (owner/name); presets: tiny, opt-125m, opt-350m," \
-      "opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, llama-2-7b, llama-2-13b, llama-2-70b"
+      "opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, opt-175b, llama-2-7b, llama-2-13b, llama-2-70b"
     base=$model critic=$out/sft sft="" reward="" ppo="" ;;
 esac
 
@@ -133,14 +154,7 @@ if [ "${hosts:-}" ]; then
       "the same commit in $here and its own 'bash run_all.sh setup', or a file system that they share"
   done
 fi
-actor=$out/sft scorer=$out/reward dry_run=
-case " $* " in
-  *" --dry_run"*)  # nothing will be written: the plans are of the models that the run would start from
-    [ "$critic" != "$out/sft" ] || critic=$base
-    dry_run=1 actor=$base scorer=$critic ;;
-esac
 hand_out() {  # a model: to hosts that do not see this host's $out, told by the times in its summary.json
-  [ -z "$dry_run" ] || return 0
   local folder; folder=$(realpath -m "$out")
   for host in ${hosts:-}; do
     ssh -n "$host" "cat '$folder/summary.json'" 2>/dev/null | cmp -s - "$folder/summary.json" && continue
@@ -185,19 +199,20 @@ stage() {  # name, flags
 }
 step1=("${config[@]}" --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-})
 step2=("${config[@]}" --model_name_or_path "$critic" $data $reward "$@" ${STEP2_ARGS:-})
-step3=("${config[@]}" --actor_model_name_or_path "$actor" --critic_model_name_or_path "$scorer" $data $ppo "$@" ${STEP3_ARGS:-})
+step3=("${config[@]}" --actor_model_name_or_path "$out/sft" --critic_model_name_or_path "$out/reward" $data $ppo "$@" ${STEP3_ARGS:-})
 
-# a wrong flag of the last stage, or data that it cannot use, must not show after the hours of the first
-echo "run_all.sh: checking the flags and the data of all stages"
+# a wrong flag of the last stage, data that it cannot use, or too little memory must not show after the hours of the first
 run_all() { PYTHONPATH=$here "$python" -P -m support.run_all "$@"; }  # -P: not this working directory's modules
-run_all check "$hardware" step1_sft "${step1[@]}" -- step2_reward "${step2[@]}" -- step3_ppo "${step3[@]}"
+stages=(step1_sft "${step1[@]}" -- step2_reward "${step2[@]}" -- step3_ppo "${step3[@]}")
+[ -z "$dry_run" ] || { run_all plan "$hardware" "${stages[@]}"; exit; }
+echo "run_all.sh: checking the flags, the data and the memory of all stages"
+run_all check "$hardware" "${stages[@]}"
 
 stage step1_sft "${step1[@]}"
 hand_out sft
 stage step2_reward "${step2[@]}"
 hand_out reward
 stage step3_ppo "${step3[@]}"
-[ -z "$dry_run" ] || exit 0
 
 # -----------------------------------------------------------------------------
 # the numbers, from output/summary.json

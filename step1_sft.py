@@ -36,10 +36,10 @@ import torch.distributed as dist
 from data import load_stage_data, load_tokenizer, training_steps
 from hybrid_engine import train_engine, train_step
 from support.checkpoints import Checkpoints
+from support.dry_run import dry_run
 from support.flags import RunConfig, flag
 from support.metrics import MetricsLog, check_finite, sample_answers
 from support.models import load_language_model, save_model
-from support.plan import dry_run
 from support.processes import all_sum, print0, run_stage, setup, to_device
 
 

@@ -45,11 +45,11 @@ import torch.nn.functional as F
 from data import load_stage_data, load_tokenizer, training_steps
 from hybrid_engine import frozen_model, train_engine, train_step
 from support.checkpoints import Checkpoints
+from support.dry_run import dry_run
 from support.flags import RunConfig, UsageError, flag
 from support.lora import WithoutAdapters
 from support.metrics import MetricsLog, Sums, check_finite, sample_answers
 from support.models import last_token, load_language_model, load_reward_model, save_model
-from support.plan import dry_run
 from support.processes import print0, run_stage, setup, to_device
 
 

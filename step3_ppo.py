@@ -59,11 +59,11 @@ from hybrid_engine import (ExponentialMovingAverage, InferenceEngine, frozen_mod
                            train_step)
 from support.checkpoints import Checkpoints
 from support.doctor import RunDoctor
+from support.dry_run import dry_run
 from support.flags import RunConfig, UsageError, flag
 from support.lora import WithoutAdapters
 from support.metrics import MetricsLog, Sums
 from support.models import last_token, load_language_model, load_reward_model, save_model
-from support.plan import dry_run
 from support.preflight import preflight
 from support.processes import all_sum, raise_on_all_ranks, print0, run_stage, setup, to_device
 from support.reward_functions import load_reward_function

@@ -64,7 +64,7 @@ MAY_CHANGE_ON_RESUME = {
     "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size",
     "gradient_accumulation_steps", "per_device_generation_batch_size", "inference_tp_size",
     "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "resume",
-    "overwrite_output_dir", "skip_preflight", "device_tflops", "device_price"}
+    "overwrite_output_dir", "skip_preflight", "device"}
 
 # Flags that say how long a run is. A finished run with others of them is not the same run, but one
 # that goes on from a checkpoint may have them.

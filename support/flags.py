@@ -219,8 +219,8 @@ class RunConfig(DataConfig):
     only_optimize_lora: bool = flag(False, "freeze everything but the adapters")
     dry_run: int = flag(0, "print memory, time and cost, then exit; `--dry_run 8`: on 8 GPUs",
                         at_least=-1, nargs="?", const=-1)
-    device_tflops: float = flag(50.0, "of --dry_run: TFLOP/s of a device (A100: 43 to 82)", over=0)
-    device_price: float = flag(4.0, "of --dry_run: dollars a device-hour", at_least=0)
+    device: Literal["", "a100-40", "a100-80", "h100", "h200", "a6000", "rtx4090"] = flag(
+        "", "of --dry_run: plan for that device; default: the one here, or a100-80")
 
     def check(self):
         super().check()

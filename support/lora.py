@@ -71,7 +71,7 @@ class LoRALinear(nn.Module):
         return self.base.bias
 
 
-def add_lora(model, config):
+def add_lora(model, config, log=print0):
     """
     Wraps the linear layers whose name contains --lora_module_name (default: all in the blocks), in
     place, and freezes the rest with --only_optimize_lora. Without --lora_dim the model stays as it
@@ -113,8 +113,8 @@ def add_lora(model, config):
                          f"name; this model has, for example, {', '.join(linear[:4])}.")
     adapters = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     rest = "frozen" if config.only_optimize_lora else "trained too"
-    print0(f"LoRA: {wrapped} layers, {adapters / 1e6:.2f}M adapter parameters, everything else "
-           f"{rest}")
+    log(f"LoRA: {wrapped} layers, {adapters / 1e6:.2f}M adapter parameters, everything else "
+        f"{rest}")
     return model
 
 

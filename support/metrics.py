@@ -215,6 +215,11 @@ def decoder_ranks(model):
     kv_heads = getattr(model.config, "num_key_value_heads", None) or heads
     world = dist.get_world_size()
     on_this_host = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return ranks_of_a_decoder(on_this_host, world, heads, kv_heads)
+
+
+def ranks_of_a_decoder(on_this_host, world, heads, kv_heads):
+    """The most ranks of a host that heads can be split over."""
     count = math.gcd(on_this_host, world, heads)
     if kv_heads % count and count % kv_heads:
         count = math.gcd(count, kv_heads)

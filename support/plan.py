@@ -1,21 +1,15 @@
 """
---dry_run: what a run will need, from shapes alone, before anything is loaded: memory of each model
-and phase, hours, dollars.
-
-    python step3_ppo.py --actor_model_name_or_path facebook/opt-13b \
-        --critic_model_name_or_path facebook/opt-350m \
-        --deepspeed_config configs/1node.json --dry_run 8
-
-bench/memory.py holds the plan beside measured peaks.
+What a stage will need, from shapes alone, before anything is loaded: memory of each model and at
+each moment of the run, FLOP and hours. support/dry_run.py says it, and judges. bench/memory.py
+holds the plan beside measured peaks.
 """
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import transformers
-from deepspeed.accelerator import get_accelerator
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kernels.decoder import FAMILIES
@@ -23,13 +17,18 @@ from kernels.logprob import SLICE
 from support.flags import UsageError
 from support.lora import LoRALinear, add_lora
 from support.models import parameter_count, read_config
-from support.processes import compute_dtype, deepspeed_settings
+from support.processes import compute_dtype
 
 # Width, layers, heads (Zhang et al. 2022, table 1), so that no hub is needed to plan for OPT.
 OPT = {
     "125m": (768, 12, 12), "350m": (1024, 24, 16), "1.3b": (2048, 24, 32),
     "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32), "13b": (5120, 40, 40),
     "30b": (7168, 48, 56), "66b": (9216, 64, 72), "175b": (12288, 96, 96)}
+
+# Width, MLP width, layers, heads, key-value heads of Llama 2 (its config.json on the hub).
+LLAMA_2 = {
+    "7b": (4096, 11008, 32, 32, 32), "13b": (5120, 13824, 40, 40, 40),
+    "70b": (8192, 28672, 80, 64, 8)}
 
 # What each ZeRO stage leaves a device 1/N of (Rajbhandari et al. 2020, section 3 and figure 1).
 SHARDED = {
@@ -44,10 +43,8 @@ SHARDED = {
 
 def empty_model(name_or_path, config, head="lm", trained=True):
     """What load_model and add_lora would make, on the meta device: shapes without weights."""
-    size = name_or_path.removeprefix("facebook/").removeprefix("opt-")
-    if size in OPT and not Path(name_or_path).exists():
-        hf_config = opt_config(size)
-    else:
+    hf_config = known_config(name_or_path)
+    if hf_config is None or Path(name_or_path).exists():
         hf_config = read_config(name_or_path)
     hf_config.num_labels = 1
     auto = AutoModelForCausalLM if head == "lm" else AutoModelForSequenceClassification
@@ -58,7 +55,21 @@ def empty_model(name_or_path, config, head="lm", trained=True):
             raise UsageError(f"{name_or_path}: --dry_run does not know mixtures of experts.")
         if not trained:
             return model.requires_grad_(False)
-        return add_lora(model, config)
+        return add_lora(model, config, log=lambda sentence: None)
+
+
+def known_config(name):
+    """The config of an OPT or a Llama 2 by its name on the hub, without asking there; or None."""
+    size = name.removeprefix("facebook/").removeprefix("opt-")
+    if size in OPT:
+        return opt_config(size)
+    size = name.removeprefix("meta-llama/Llama-2-").removesuffix("-hf")
+    if size not in LLAMA_2:
+        return None
+    E, inner, layers, H, KVH = LLAMA_2[size]
+    return transformers.LlamaConfig(
+        hidden_size=E, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=H,
+        num_key_value_heads=KVH, vocab_size=32000)
 
 
 def opt_config(size):
@@ -262,7 +273,9 @@ def generation_memory(model, ds_config, rows, tokens, tp, cpu):
     layers = hf_config.num_hidden_layers
     H, KVH, D = attention_shape(hf_config)
     if ds_config["zero_optimization"]["stage"] == 3:
-        copied = parameter_count(model) / tp
+        # The blocks' matrices are split over the devices, embeddings and head are whole.
+        in_blocks = sum(m.weight.numel() for m in block_matrices(model))
+        copied = in_blocks / tp + parameter_count(model) - in_blocks
     elif cpu:
         head = model.get_output_embeddings().weight.numel()
         copied = sum(m.weight.numel() for m in block_matrices(model)) / tp + head
@@ -273,57 +286,99 @@ def generation_memory(model, ds_config, rows, tokens, tp, cpu):
     return {"generation copy": b * copied, "KV cache": b * 2 * layers * rows * tokens * KVH * D}
 
 
-def memory_plan(models, ds_config, devices, rows, tokens, scored, generated=0, checkpointing=False,
-                tp=1, cpu=False, text=0):
+@dataclass
+class Work:
+    """What a stage does with its models, on each device."""
+    rows: int                    # in one forward and backward
+    tokens: int                  # of a row
+    scored: int                  # of them that go through a language model's head
+    generated: int = 0           # rows of a rollout; 0: this stage has none
+    sampled: int = 0             # rows that the trained model answers at the end; 0: none
+    answered: int = 0            # tokens of such a row
+    text: int = 0                # tokens of a row of the mixture term; 0: none
+    tp: int = 1                  # devices that share one copy of the weights to generate
+    checkpointing: bool = False  # activations are computed again
+    ema: bool = False            # the first model's weights are averaged
+    cpu: bool = False            # devices are processes on the host
+
+
+@dataclass
+class Need:
+    """Bytes at one moment of a run."""
+    device: float     # on each device
+    host: float = 0   # of each process on its host, beside the device
+    first: float = 0  # of the first process beside that
+
+
+def memory_plan(models, ds_config, devices, work):
     """
-    Bytes on each of `devices` devices, from shapes alone.
+    What each of `devices` devices holds, from shapes alone.
 
     models    {name: model of empty_model}; the first generates
-    rows      in one forward and backward, each of so many tokens, `scored` of them through a
-              language model's head
-    generated rows of a rollout, answered and scored at once; 0: this stage has none
-    tp        devices that share one copy of the weights to generate
-    text      tokens of a row of the mixture term, which the first model trains on in the same
-              backward; 0: none
-    returns   {name: {part: bytes}}, {phase: bytes at its peak}
+    returns   {name: {part: bytes}}, {moment: Need}
 
-    Not counted: what CUDA and NCCL keep for themselves (about 1 GB), and the allocator's fragments.
+    Not counted: what CUDA, NCCL and Python keep for themselves (support.dry_run.fits), and files
+    that are mapped into memory, which the system drops when it needs the room.
     """
     stage = ds_config["zero_optimization"]["stage"]
+    b = compute_dtype(ds_config).itemsize
     first = next(iter(models))
-    plan = {}
+    actor = models[first]
+    parts = {}
     for name, model in models.items():
-        more = text if name == first else 0
-        plan[name] = model_memory(model, ds_config, devices, rows, tokens + more, scored + more,
-                                  checkpointing, cpu)
-    # Gradients come and go; ZeRO 3 keeps them in place.
+        more = work.text if name == first else 0
+        parts[name] = model_memory(model, ds_config, devices, work.rows, work.tokens + more,
+                                   work.scored + more, work.checkpointing, work.cpu)
+
+    # What is there all the time. Gradients come and go; ZeRO 3 keeps them in place.
     always = ["weights", "optimizer"]
     if stage == 3:
         always.append("gradients")
-    resident = sum(memory[part] for memory in plan.values() for part in always)
+    device = sum(memory[part] for memory in parts.values() for part in always)
+    host = sum(memory["host"] for memory in parts.values())
+    averages = 4 * trained_count(actor) if work.ema else 0
+    averages_of_first = 0
+    if stage == 0:
+        averages_of_first = averages
+    else:
+        host += averages / devices
 
-    # The peaks of a rollout: while it is generated, and while it is scored, layer by layer.
-    peaks = {}
-    if generated:
-        actor = models[first]
-        plan[first].update(generation_memory(actor, ds_config, generated, tokens, tp, cpu))
-        peaks["generate"] = resident + plan[first]["generation copy"] + plan[first]["KV cache"]
-        one_layer = activation_width(actor) * compute_dtype(ds_config).itemsize
-        peaks["score"] = resident + generated * tokens * one_layer
+    # A forward that keeps nothing has one layer's activations at a time, and under ZeRO 3 the
+    # parameters that are gathered for it.
+    live = 0
+    if stage == 3:
+        limit = ds_config["zero_optimization"].get("stage3_max_live_parameters", 1e9)
+        live = b * min(limit, max(parameter_count(model) for model in models.values()))
+    forward = live + b * work.rows * work.tokens * activation_width(actor)
+
+    moments = {"load": Need(device, host, averages_of_first)}
+
+    # A rollout: generated, then scored.
+    if work.generated:
+        rollout = generation_memory(actor, ds_config, work.generated, work.tokens, work.tp,
+                                    work.cpu)
+        parts[first].update(rollout)
+        moments["generate"] = Need(device + sum(rollout.values()), host, averages_of_first)
+        moments["score"] = Need(device + forward, host, averages_of_first)
 
     # The peak of each model's training.
-    for name, memory in plan.items():
+    for name, memory in parts.items():
         if not memory["gradients"]:
             continue
         activations = memory["activations"]
         buffers = memory["buffers"]
         # The first gradient comes when every activation is there. Without ZeRO the buffers wait
         # until the activations are gone.
-        peak = resident + (activations + buffers if stage else max(activations, buffers))
+        peak = device + (activations + buffers if stage else max(activations, buffers))
         if stage < 3:
             peak += memory["gradients"]
-        peaks[f"train {name}"] = peak
-    return plan, peaks
+        moments[f"train {name}"] = Need(peak, host, averages_of_first)
+
+    # The end: a sample, and what is written.
+    if work.sampled:
+        sample = generation_memory(actor, ds_config, work.sampled, work.answered, work.tp, work.cpu)
+        moments["sample"] = Need(device + sum(sample.values()), host, averages_of_first)
+    return parts, moments
 
 
 # -----------------------------------------------------------------------------
@@ -365,90 +420,3 @@ def training_flops(models, tokens, generated, checkpointing, epochs=1, text=0):
 def epoch_hours(flops, rows, devices, device_tflops):
     """Hours for rows of so many FLOP each, shared by devices of so many TFLOP/s each."""
     return flops * rows / (devices * device_tflops * 1e12) / 3600
-
-
-# -----------------------------------------------------------------------------
-# what is printed
-
-def planned_row(config, stage):
-    """-> tokens of a row, tokens of it that go through the head, rows of a rollout (0: none)."""
-    if stage == "sft":
-        return config.max_seq_len, config.max_seq_len, 0
-    pair = 2 * config.max_seq_len
-    if stage == "reward":
-        return pair, 0, 0
-    if stage == "dpo":
-        return pair, pair, 0
-    answer = config.max_answer_seq_len
-    return config.max_prompt_seq_len + answer, answer, config.rollout_rows
-
-
-def dry_run(config, stage):
-    """Rank 0 prints memory_plan, time and cost of a stage ("sft", "reward", "dpo" or "ppo")."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    models = planned_models(config, stage)
-    ds_config = deepspeed_settings(config)
-    tokens, scored, generated = planned_row(config, stage)
-    rows = config.per_device_train_batch_size
-    checkpointing = config.gradient_checkpointing
-
-    # `--dry_run 8` plans for 8 GPUs, `--dry_run` alone for this machine.
-    devices = config.dry_run
-    cpu = False
-    if config.dry_run < 0:
-        devices = int(os.environ.get("WORLD_SIZE", 1))
-        cpu = get_accelerator().device_name() == "cpu"
-
-    # PPO alone shares weights to generate, reads a rollout several times, and mixes in text.
-    tp = 1
-    epochs = 1
-    text = 0
-    if stage == "ppo":
-        tp = config.inference_tp_size
-        epochs = config.ppo_epochs
-        if config.unsupervised_data_path:
-            text = config.max_seq_len
-
-    # Memory: what is planned, then the table.
-    dtype = str(compute_dtype(ds_config)).removeprefix("torch.")
-    zero_stage = ds_config["zero_optimization"]["stage"]
-    rollout = f", {generated} a rollout" if generated else ""
-    print(f"\nmemory plan, GB on each of {devices} device(s): {dtype}, ZeRO stage {zero_stage}, "
-          f"{rows} rows of {tokens} tokens a micro-batch{rollout}")
-    plan, peaks = memory_plan(models, ds_config, devices, rows, tokens, scored, generated,
-                              checkpointing, tp, cpu, text)
-    print_memory(models, plan, peaks, cpu)
-
-    # Time: of the run, or of 100,000 rows where the flags do not say how long it is.
-    flops = training_flops(models, tokens, generated, checkpointing, epochs, text)
-    if config.max_steps > 0:
-        rows_a_step = generated or rows * config.gradient_accumulation_steps
-        count = config.max_steps * devices * rows_a_step
-        how_many = "rows"
-    else:
-        count = 100_000
-        how_many = "rows, say (--max_steps plans your run)"
-    hours = epoch_hours(flops, count, devices, config.device_tflops)
-    dollars = hours * devices * config.device_price
-    print(f"time      {count:,} {how_many}: {hours:.2f} h at {config.device_tflops:g} TFLOP/s a "
-          f"device (--device_tflops; {flops / 1e12:.2f} TFLOP a row), ${dollars:,.2f} at "
-          f"${config.device_price:g} a device-hour (--device_price)")
-
-
-def print_memory(models, plan, peaks, cpu):
-    """The two results of memory_plan as a table of models and a line of peaks."""
-    parts = []
-    for memory in plan.values():
-        parts += [part for part in memory if part not in parts]
-    widths = {part: max(len(part), 7) for part in parts}
-    header = "  ".join(f"{part:>{widths[part]}}" for part in parts)
-    print(f"\n{'':<10}{'parameters':>11}{'trained':>9}  {header}")
-    for name, memory in plan.items():
-        count = parameter_count(models[name]) / 1e6
-        trained = trained_count(models[name]) / 1e6
-        sizes = [f"{memory.get(part, 0) / 2**30:>{widths[part]}.2f}" for part in parts]
-        print(f"{name:<10}{count:>10.0f}M{trained:>8.0f}M  {'  '.join(sizes)}")
-    phases = ", ".join(f"{phase} {size / 2**30:.1f}" for phase, size in peaks.items())
-    beside = "" if cpu else ", about 1 GB more for CUDA"
-    print(f"\npeak      {phases}; in all {max(peaks.values()) / 2**30:.1f} GB a device{beside}")

@@ -2,17 +2,23 @@
 What run_all.sh needs Python for:
 
     python -m support.run_all check 1gpu step1_sft FLAGS -- step2_reward FLAGS -- step3_ppo FLAGS
+    python -m support.run_all plan 1gpu step1_sft FLAGS -- step2_reward FLAGS -- step3_ppo FLAGS
     python -m support.run_all table output/summary.json
 """
 
+import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
+import torch
+
 from data import load_records, load_tokenizer, rows_of_step
 from support.checkpoints import refuse_to_overwrite
+from support.dry_run import GB, host_memory, plan_stage, print_cost, print_plan, verdict
 from support.flags import UsageError, exit_on_usage_error, parse_config
 from support.models import check_positions, read_config
 from support.processes import deepspeed_settings
@@ -35,41 +41,127 @@ def check_hardware(hardware):
             "print(torch.cuda.is_available())' prints True), and --dry_run needs none.")
 
 
-def check(hardware, words):
-    """
-    The hardware, every stage's flags, DeepSpeed JSON and models, what its folder holds, and whether
-    the data are enough for one of its steps, so that what stops the last stage does not show after
-    the hours of the first.
-    """
-    sys.argv[0] = "run_all.sh"
-    with exit_on_usage_error():
-        if not any(word.startswith("--dry_run") for word in words):
-            check_hardware(hardware)
-
+def stages_of(words):
+    """run_all.sh's words -> (script's name, its config, its section of summary.json) of each."""
     stages = [[]]
     for word in words:
         if word == "--":
             stages.append([])
         else:
             stages[-1].append(word)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    base = ""
-    for number, (name, *flags) in enumerate(stages, 1):
+    for name, *flags in stages:
         sys.argv[0] = f"{name}.py"  # the errors speak of that script
         stage = importlib.import_module(name)
         with exit_on_usage_error():
             config = parse_config(stage.Config, "", flags)
-            section = "dpo" if getattr(config, "dpo", False) else SECTIONS[name]
+        yield name, config, "dpo" if getattr(config, "dpo", False) else SECTIONS[name]
+
+
+def check(hardware, words):
+    """
+    The hardware, every stage's flags, DeepSpeed JSON and models, what its folder holds, whether the
+    data are enough for one of its steps, and whether the memory is, so that what stops the last
+    stage does not show after the hours of the first.
+    """
+    sys.argv[0] = "run_all.sh"
+    with exit_on_usage_error():
+        check_hardware(hardware)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    stages = []
+    for number, (name, config, section) in enumerate(stages_of(words), 1):
+        stages.append((name, config, section))
+        with exit_on_usage_error():
             deepspeed_settings(config)
             refuse_to_overwrite(config, section)
             if name == "step1_sft":
                 base = config.model_name_or_path
-            if not config.dry_run:
-                check_models(config, base)
+            check_models(config, base)
             train, _ = load_records(config, number, log=lambda sentence: None)
             rows_of_step(len(train), config, number, processes)
             if number == 3:
                 check_text_and_sharing(config, hardware)
+    sys.argv[0] = "run_all.sh"
+    with exit_on_usage_error():
+        check_memory(hardware, stages)
+
+
+def check_memory(hardware, stages):
+    """Raises UsageError where the plan of a stage does not fit this machine."""
+    peaks = []
+    for name, config, section in with_models_of_the_start(stages):
+        try:
+            plan = plan_stage(config, section, devices_of(hardware), hardware == "cpu")
+        except UsageError as error:
+            print(f"run_all.sh: no memory plan of {name} ({error})")
+            continue
+        way_out = (f"To run it all the same, start the stages by themselves (deepspeed {name}.py"
+                   " ...), where no plan is held against the memory.")
+        if not plan.fits:
+            raise UsageError(f"{name} {verdict(plan)}. {way_out}")
+        if not plan.work.cpu and plan.host > host_memory() * GB:
+            raise UsageError(f"{name} does not fit: {plan.host / GB:.1f} GB of this host's memory "
+                             f"are needed, and it has {host_memory():.1f}. {way_out}")
+        peaks.append(f"{name} {plan.peak / GB:.1f}")
+    if peaks:
+        print(f"run_all.sh: memory plan: {', '.join(peaks)} of the {plan.device.memory:.1f} GB of "
+              f"{plan.device.name}")
+
+
+def plan_all(hardware, words):
+    """
+    --dry_run of run_all.sh: every stage's memory, verdict and cost, and what they cost together.
+    Nothing is asked of a hub, unless the model is not one of the presets. Exit code 2 where a stage
+    does not fit.
+    """
+    stages = list(stages_of(words))
+    hours = dollars = 0.0
+    refused = []
+    for name, config, section in with_models_of_the_start(stages):
+        sys.argv[0] = f"{name}.py"
+        print(f"\n=== {name}")
+        with exit_on_usage_error():
+            cpu = hardware == "cpu" and not config.device
+            plan = plan_stage(config, section, devices_of(hardware, config.dry_run), cpu)
+            print_plan(plan)
+            stage_hours, stage_dollars = print_cost(plan)
+        hours += stage_hours
+        dollars += stage_dollars
+        if not plan.fits:
+            refused.append(name)
+    print(f"\nall three stages: {hours:.2f} h, ${dollars:,.2f}")
+    if refused:
+        print(f"run_all.sh would refuse this: {', '.join(refused)} would not fit")
+        sys.exit(2)
+
+
+def devices_of(hardware, asked=-1):
+    """Devices of a kind of hardware: as many as were asked for, or are here, or are usual."""
+    if asked > 0:
+        return asked
+    if hardware in ("cpu", "1gpu"):
+        return 1
+    if hardware == "1node":
+        return torch.cuda.device_count() or 8
+    hostfile = Path(os.environ.get("HOSTFILE", "/job/hostfile"))
+    if hostfile.exists():
+        slots = re.findall(r"^[^#\n]*slots=(\d+)", hostfile.read_text(), re.MULTILINE)
+        return sum(map(int, slots)) or 1
+    return 64
+
+
+def with_models_of_the_start(stages):
+    """
+    The stages with the models that are there before the first of them, whose shape those have that
+    it and the second will write.
+    """
+    starts = {}
+    for name, config, section in stages:
+        changed = {flag: starts.get(Path(value), value) for flag, value in vars(config).items()
+                   if flag.endswith("model_name_or_path") and value}
+        yield name, dataclasses.replace(config, **changed), section
+        written = {"step1_sft": "sft", "step2_reward": "reward"}.get(name)
+        if written:
+            starts[Path(config.output_dir) / written] = changed["model_name_or_path"]
 
 
 def check_models(config, base):
@@ -123,5 +215,7 @@ def table(path):
 if __name__ == "__main__":
     if sys.argv[1] == "check":
         check(sys.argv[2], sys.argv[3:])
+    elif sys.argv[1] == "plan":
+        plan_all(sys.argv[2], sys.argv[3:])
     else:
         table(sys.argv[2])
