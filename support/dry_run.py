@@ -121,11 +121,16 @@ class StagePlan:
         return self.peak <= self.device.memory * GB
 
 
-def plan_stage(config, stage, devices, cpu):
-    """-> StagePlan. Reads the models' configs and no weights. Raises UsageError without a config."""
+def plan_stage(config, stage, devices, cpu, models=None):
+    """
+    -> StagePlan. Reads the models' configs and no weights. Raises UsageError without a config.
+
+    models  planned_models of that config, where they are at hand
+    """
     device = planned_device(config, cpu)
     ds_config = deepspeed_settings(config)
-    models = planned_models(config, stage)
+    if models is None:
+        models = planned_models(config, stage)
     work = planned_work(config, stage, devices, cpu, models, ds_config)
     parts, moments = memory_plan(models, ds_config, devices, work)
     if cpu:
@@ -224,7 +229,8 @@ def trial(plan, chosen, devices):
         changed |= change
     try:
         config = dataclasses.replace(plan.config, **changed)
-        other = plan_stage(config, plan.stage, devices, plan.work.cpu)
+        models = None if "lora_dim" in changed else plan.models
+        other = plan_stage(config, plan.stage, devices, plan.work.cpu, models)
     except UsageError:  # flags that do not go together
         return None
     return other if other.fits else None

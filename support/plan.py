@@ -225,7 +225,7 @@ def model_memory(model, ds_config, devices, rows, tokens, scored, checkpointing,
     T = trained_count(model)
 
     # What the device holds all the time.
-    adam = 8 if b == 4 and stage == 0 else 12
+    adam = 8 + master_bytes(stage, b)
     memory = {"weights": b * P, "gradients": b * T, "optimizer": adam * T}
     for part in SHARDED[stage]:
         memory[part] /= N
@@ -286,6 +286,52 @@ def generation_memory(model, ds_config, rows, tokens, tp, cpu):
     return {"generation copy": b * copied, "KV cache": b * 2 * layers * rows * tokens * KVH * D}
 
 
+def master_bytes(stage, b):
+    """Of a trained parameter: AdamW's float32 weights, where the model's own are not those."""
+    return 0 if b == 4 and stage == 0 else 4
+
+
+def adam_averages(memory, stage, b):
+    """Bytes of AdamW's two averages, 8 a parameter, in model_memory's "optimizer"."""
+    return memory["optimizer"] * 8 / (8 + master_bytes(stage, b))
+
+
+def saving_memory(model, stage, b, devices, averaged, cpu):
+    """
+    Bytes that writing a model takes on the host: of each process, of the first alone. `averaged`:
+    its averages are written too.
+    """
+    P = parameter_count(model)
+    T = trained_count(model)
+    each = 0
+    first = 0
+    if stage > 0 or not cpu:
+        first += b * P  # gathered, copied from the device or out of ZeRO's flat buffers
+    merged = sum(m.weight.numel() for m in model.modules() if isinstance(m, LoRALinear))
+    first += b * merged
+    if averaged:
+        # The averages by name, in float32 and as they are written. While they are gathered, the
+        # weights that stand in their place are kept.
+        first += 4 * T + b * T
+        if stage > 0:
+            each += 4 * T / devices
+    return each, first
+
+
+def resuming_memory(model, memory, stage, b, cpu):
+    """
+    Bytes on the host while DeepSpeed reads one model's checkpoint. Its tensors are copied, but for
+    AdamW's two averages, which on a CPU are taken over.
+    """
+    weights = b * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    optimizer = memory["optimizer"]
+    taken_over = adam_averages(memory, stage, b) if cpu else 0
+    if stage == 0:
+        return weights + optimizer - taken_over
+    # Weights and optimizer are files of their own, read one after the other.
+    return max(weights, optimizer) - taken_over
+
+
 @dataclass
 class Work:
     """What a stage does with its models, on each device."""
@@ -343,6 +389,13 @@ def memory_plan(models, ds_config, devices, work):
     else:
         host += averages / devices
 
+    # Loading ends before AdamW's two averages are there, but in 16 bits without ZeRO, where
+    # DeepSpeed steps once to make them.
+    moments = {"load": Need(device, host, averages_of_first)}
+    if stage > 0 or b == 4:
+        moments["load"].device -= sum(adam_averages(memory, stage, b)
+                                      for memory in parts.values())
+
     # A forward that keeps nothing has one layer's activations at a time, and under ZeRO 3 the
     # parameters that are gathered for it.
     live = 0
@@ -350,8 +403,6 @@ def memory_plan(models, ds_config, devices, work):
         limit = ds_config["zero_optimization"].get("stage3_max_live_parameters", 1e9)
         live = b * min(limit, max(parameter_count(model) for model in models.values()))
     forward = live + b * work.rows * work.tokens * activation_width(actor)
-
-    moments = {"load": Need(device, host, averages_of_first)}
 
     # A rollout: generated, then scored.
     if work.generated:
@@ -374,10 +425,26 @@ def memory_plan(models, ds_config, devices, work):
             peak += memory["gradients"]
         moments[f"train {name}"] = Need(peak, host, averages_of_first)
 
+    if work.ema:
+        moments["EMA"] = Need(device, host, averages_of_first)
+
     # The end: a sample, and what is written.
     if work.sampled:
         sample = generation_memory(actor, ds_config, work.sampled, work.answered, work.tp, work.cpu)
         moments["sample"] = Need(device + sum(sample.values()), host, averages_of_first)
+    moments["save"] = Need(device, host, averages_of_first)
+    moments["resume"] = Need(device, host, averages_of_first)
+    for name, model in models.items():
+        if not trained_count(model):
+            continue
+        each, first_alone = saving_memory(model, stage, b, devices, work.ema and name == first,
+                                          work.cpu)
+        save = moments["save"]
+        save.host = max(save.host, host + each)
+        save.first = max(save.first, averages_of_first + first_alone)
+        resume = moments["resume"]
+        read = resuming_memory(model, parts[name], stage, b, work.cpu)
+        resume.host = max(resume.host, host + read)
     return parts, moments
 
 

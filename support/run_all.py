@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from data import load_records, load_tokenizer, rows_of_step
 from support.checkpoints import refuse_to_overwrite
@@ -30,8 +31,6 @@ SECTIONS = {"step1_sft": "sft", "step2_reward": "reward", "step3_ppo": "ppo"}
 
 def check_hardware(hardware):
     """Raises UsageError where GPUs are asked for and DeepSpeed finds none."""
-    from deepspeed.accelerator import get_accelerator
-
     chosen_by_user = "DS_ACCELERATOR" in os.environ
     has_none = get_accelerator().device_name() == "cpu"
     if hardware in ("1gpu", "1node") and has_none and not chosen_by_user:
@@ -87,10 +86,12 @@ def check(hardware, words):
 
 def check_memory(hardware, stages):
     """Raises UsageError where the plan of a stage does not fit this machine."""
+    cpu = get_accelerator().device_name() == "cpu"
+    devices = 1 if cpu and hardware == "1node" else devices_of(hardware)
     peaks = []
     for name, config, section in with_models_of_the_start(stages):
         try:
-            plan = plan_stage(config, section, devices_of(hardware), hardware == "cpu")
+            plan = plan_stage(config, section, devices, cpu)
         except UsageError as error:
             print(f"run_all.sh: no memory plan of {name} ({error})")
             continue

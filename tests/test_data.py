@@ -1408,7 +1408,7 @@ def test_run_all_refuses_hardware_that_is_not_there(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             run_all.check(hardware, ["step1_sft", "--max_steps", "3"])
         assert f"run_all.sh: error: HARDWARE {hardware}: DeepSpeed finds no GPU" in capsys.readouterr().err
-        run_all.check(hardware, ["step1_sft", "--dry_run"])
+        run_all.plan_all(hardware, ["step1_sft", "--model_name_or_path", "tiny", "--dry_run"])
     run_all.check("cpu", ["step1_sft", "--max_steps", "3"])
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     run_all.check("1node", ["step1_sft", "--max_steps", "3"])

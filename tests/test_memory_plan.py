@@ -3,7 +3,11 @@
 DeepSpeed-Chat's tables.
 """
 
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +17,12 @@ from transformers import CONFIG_MAPPING
 import step3_ppo
 from hybrid_engine import InferenceEngine
 from support.flags import RunConfig, UsageError, parse_config
-from support.plan import empty_model, epoch_hours, memory_plan, training_flops
+from support.dry_run import DEVICES, plan_stage, what_fits
+from support.plan import Work, empty_model, epoch_hours, memory_plan, training_flops
+from support.processes import CONFIGS
 
 GB = 2**30
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def settings(stage=0, dtype="bf16", **zero):
@@ -40,7 +47,7 @@ def test_bytes_a_parameter(dtype, stage, weights, gradients, optimizer):
     model = empty_model("opt-125m", RunConfig())
     P = sum(p.numel() for p in model.parameters())
     ds_config = settings(stage, dtype, reduce_bucket_size=0)
-    plan, _ = memory_plan({"actor": model}, ds_config, 4, 1, 128, 64)
+    plan, _ = memory_plan({"actor": model}, ds_config, 4, Work(1, 128, 64))
     found = [plan["actor"][part] / P for part in ("weights", "gradients", "optimizer")]
     assert found == pytest.approx([weights, gradients, optimizer])
 
@@ -50,7 +57,7 @@ def test_offload_moves_bytes_to_the_host():
     P = sum(p.numel() for p in model.parameters())
     cpu = {"device": "cpu"}
     ds_config = settings(3, offload_optimizer=cpu, offload_param=cpu)
-    plan, _ = memory_plan({"actor": model}, ds_config, 4, 1, 128, 64)
+    plan, _ = memory_plan({"actor": model}, ds_config, 4, Work(1, 128, 64))
     assert plan["actor"]["weights"] == plan["actor"]["optimizer"] == 0
     # weights, AdamW, float32 gradients
     assert plan["actor"]["host"] / P == pytest.approx((2 + 12 + 4) / 4)
@@ -80,7 +87,7 @@ def test_activations_are_what_autograd_keeps():
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model.base_model(torch.randint(64, (rows, tokens)))
-        plan, _ = memory_plan({"actor": model}, settings(dtype="fp32"), 1, rows, tokens, 0)
+        plan, _ = memory_plan({"actor": model}, settings(dtype="fp32"), 1, Work(rows, tokens, 0))
         measured = sum(size for size, _ in saved.values())
         planned = plan["actor"]["activations"]
         assert planned == pytest.approx(measured, rel=0.05), model.config.model_type
@@ -101,8 +108,8 @@ def deepspeed_chat(size):
               "reward": empty_model("opt-350m", plain, "score", trained=False),
               "critic": empty_model("opt-350m", plain, "score")}
     ds_config = settings(dtype="fp16")
-    plan, peaks = memory_plan(models, ds_config, 1, 8, 512, 256, 8, checkpointing=True)
-    return (peaks["train actor"] + plan["actor"]["KV cache"]) / GB
+    plan, moments = memory_plan(models, ds_config, 1, Work(8, 512, 256, 8, checkpointing=True))
+    return (moments["train actor"].device + plan["actor"]["KV cache"]) / GB
 
 
 def test_the_largest_models_that_deepspeed_chat_publishes_for_one_gpu():
@@ -164,14 +171,14 @@ def test_generation_is_what_the_engine_counts(make_model):
         engine = InferenceEngine(model)
         ids = torch.full((rows, prompt), 7)
         engine.generate(ids, torch.ones_like(ids), max_new_tokens=new)
-        plan, peaks = memory_plan({"actor": model}, settings(dtype="fp32"), 1, rows, prompt + new,
-                                  new, rows, cpu=True)
+        work = Work(rows, prompt + new, new, rows, cpu=True)
+        plan, moments = memory_plan({"actor": model}, settings(dtype="fp32"), 1, work)
         actor = plan["actor"]
         copied = engine.memory["weights copied"]
         assert actor["KV cache"] == engine.memory["kv cache"]
         assert actor["generation copy"] == pytest.approx(copied, rel=0.02)
         held = actor["weights"] + actor["optimizer"]
-        assert peaks["generate"] == held + actor["generation copy"] + actor["KV cache"]
+        assert moments["generate"].device == held + actor["generation copy"] + actor["KV cache"]
 
 
 def test_step_3_plans_without_reading_weights(model_folders, tmp_path, monkeypatch, capsys):
@@ -181,12 +188,96 @@ def test_step_3_plans_without_reading_weights(model_folders, tmp_path, monkeypat
     step3_ppo.main(parse_config(step3_ppo.Config, "", [
         "--actor_model_name_or_path", str(tmp_path),
         "--critic_model_name_or_path", "facebook/opt-350m",
-        "--dry_run", "8", "--zero_stage", "3", "--device_tflops", "40", "--device_price", "2"]))
+        "--dry_run", "8", "--zero_stage", "3", "--device", "h100"]))
     out = capsys.readouterr().out
     for name in ("8 device(s)", "ZeRO stage 3", "actor", "ref", "reward", "critic", "generate",
-                 "train critic", "at 40 TFLOP/s", "$2"):
+                 "train critic", "fits", "h100 has 79.1 GB", "100 TFLOP/s", "$3"):
         assert name in out, (name, out)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+FULL_13B = ["--actor_model_name_or_path", "facebook/opt-13b",
+            "--critic_model_name_or_path", "facebook/opt-350m",
+            "--deepspeed_config", str(CONFIGS / "1node.json"), "--dry_run", "8", "--device", "a100-80"]
+
+
+@pytest.mark.parametrize("flags, devices", [
+    (FULL_13B, 8), (FULL_13B, 1), (FULL_13B + ["--per_device_train_batch_size", "64",
+                                               "--per_device_generation_batch_size", "64"], 8),
+    (FULL_13B + ["--actor_model_name_or_path", "facebook/opt-66b"], 8),
+    (FULL_13B + ["--actor_model_name_or_path", "facebook/opt-175b"], 16),
+    (FULL_13B + ["--device", "rtx4090", "--critic_model_name_or_path", "facebook/opt-13b"], 8)])
+def test_what_is_proposed_fits_and_is_no_more_than_that(flags, devices):
+    plan = plan_stage(parse_config(step3_ppo.Config, "", flags), "ppo", devices, cpu=False)
+    assert not plan.fits and plan.peak > plan.device.memory * GB
+    words = what_fits(plan)
+    count, flag_words = re.fullmatch(
+        r"(?:(\d+) devices(?: with )?)?(--.*?)? \(\d+\.\d GB\)", words).groups()
+    count = int(count or devices)
+
+    def fits(proposed, count=count):
+        config = parse_config(step3_ppo.Config, "", flags + proposed)
+        return plan_stage(config, "ppo", count, cpu=False).fits
+
+    proposed = (flag_words or "").split()
+    assert fits(proposed), words
+    # Each flag with its value; those of one change go together.
+    groups = re.findall(r"(--lora_dim.*--only_optimize_lora|--per_device_generation.*steps \d+|"
+                        r"--per_device_train.*steps \d+|--\w+(?: \d+)?)", flag_words or "")
+    assert "".join(groups).replace(" ", "") == (flag_words or "").replace(" ", "")
+    for group in groups:
+        fewer = [word for other in groups if other != group for word in other.split()]
+        try:
+            assert not fits(fewer), (words, group)
+        except UsageError:
+            pass  # without it the others do not go together
+    if count > devices:
+        assert count > 8 or devices == 1
+
+
+def test_a_model_beyond_all_devices_is_said_to_be():
+    flags = FULL_13B + ["--device", "rtx4090", "--actor_model_name_or_path", "facebook/opt-175b"]
+    plan = plan_stage(parse_config(step3_ppo.Config, "", flags), "ppo", 1, cpu=False)
+    assert what_fits(plan) == "a smaller model, or devices with more memory (--device)"
+
+
+def test_processes_on_a_cpu_share_the_host_and_hold_what_is_the_hosts():
+    flags = FULL_13B[:4] + ["--deepspeed_config", str(CONFIGS / "cpu.json"), "--enable_ema"]
+    flags[1] = "facebook/opt-125m"
+    config = parse_config(step3_ppo.Config, "", flags)
+    one = plan_stage(config, "ppo", 1, cpu=True)
+    two = plan_stage(config, "ppo", 2, cpu=True)
+    assert two.device.memory == one.device.memory / 2
+    assert one.host == 0 and not one.moments["train actor"].host
+    plain = plan_stage(parse_config(step3_ppo.Config, "", flags[:-1]), "ppo", 1, cpu=True)
+    P = sum(p.numel() for p in one.models["actor"].parameters())
+    assert one.moments["EMA"].device - plain.moments["score"].device == pytest.approx(4 * P, rel=0.1)
+
+
+@pytest.mark.parametrize("model, hardware, device, fits", [
+    ("opt-13b", "1node", "a100-80", True), ("opt-66b", "multinode", "a100-80", True),
+    ("llama-2-70b", "1node", "a100-80", False), ("opt-6.7b", "1gpu", "rtx4090", False)])
+def test_run_all_plans_offline_and_refuses_what_does_not_fit(model, hardware, device, fits,
+                                                              tmp_path):
+    """No hostfile, no network, no data, none written; and the same three stages as in a run."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HOSTFILE": str(tmp_path / "none"),
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", ROOT / "run_all.sh", model, hardware, "--dry_run", "--device",
+                           device], cwd=tmp_path, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text = done.stdout
+    assert text.count("verdict   ") == 3 and "all three stages: " in text, text
+    assert (done.returncode, "does not fit" in text) == ((0, False) if fits else (2, True)), text
+    assert ("what does: " in text) == (not fits) and "100,000 rows" in text
+    devices = {"1gpu": 1, "1node": 8, "multinode": 64}[hardware]
+    assert text.count(f"GB on each of {devices} device(s)") == 3
+    hours = [float(found) for found in re.findall(r"^time +([\d.]+) h", text, re.MULTILINE)]
+    dollars = sum(float(found.replace(",", "")) for found in re.findall(r"; \$([\d.,]+) at", text))
+    total, cost = re.search(r"all three stages: ([\d.]+) h, \$([\d.,]+)", text).groups()
+    assert float(total) == pytest.approx(sum(hours), abs=0.02)
+    assert float(cost.replace(",", "")) == pytest.approx(dollars, abs=0.02)
+    assert sum(hours) * devices * DEVICES[device].price == pytest.approx(dollars, rel=0.02)
+    assert not list(tmp_path.iterdir())
 
 
 def test_epochs_over_a_rollout_and_mixed_in_text_are_planned():
@@ -201,7 +292,7 @@ def test_epochs_over_a_rollout_and_mixed_in_text_are_planned():
     generated = training_flops(models, 512, 0, False) / once
     assert twice / once == pytest.approx(1 + generated)
     assert mixed - once == pytest.approx(training_flops({"actor": models["actor"]}, 512, 0, False))
-    plans = [memory_plan(models, settings(), 1, 4, 512, 256, 4, text=text)[0]
+    plans = [memory_plan(models, settings(), 1, Work(4, 512, 256, 4, text=text))[0]
              for text in (0, 512, 1024, 1536)]
     assert plans[1]["critic"] == plans[0]["critic"]
     none, one, two, three = (plan["actor"]["activations"] for plan in plans)
