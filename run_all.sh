@@ -77,9 +77,11 @@ case $model in
     data+=" --max_answer_seq_len 40 --logging_steps 50" ;;
   opt-125m | opt-350m | opt-1.3b | opt-2.7b)
     base=facebook/$model
-    sft+=" --per_device_train_batch_size 16 --gradient_accumulation_steps 4"
-    reward+=" --per_device_train_batch_size 16 --gradient_accumulation_steps 4"
-    ppo+=" --per_device_generation_batch_size 64 --per_device_train_batch_size 16 --gradient_accumulation_steps 2" ;;
+    rows=16
+    [ $hardware != cpu ] || rows=4  # in float32 the activations are what a laptop lacks
+    sft+=" --per_device_train_batch_size $rows --gradient_accumulation_steps $((64 / rows))"
+    reward+=" --per_device_train_batch_size $rows --gradient_accumulation_steps $((64 / rows))"
+    ppo+=" --per_device_generation_batch_size 64 --per_device_train_batch_size $rows --gradient_accumulation_steps $((32 / rows))" ;;
   opt-6.7b | opt-13b | opt-30b | opt-66b | opt-175b | llama-2-7b | llama-2-13b | llama-2-70b)
     case $model in opt-*) base=facebook/$model ;; *) base=meta-llama/Llama-${model#llama-}-hf critic=$out/sft ;; esac
     # What fits on cards of 80 GB, by --dry_run: README has the table. Rollouts of 1,024 prompts on 64 GPUs, as there.

@@ -1,23 +1,29 @@
 """
-The memory plan of --dry_run beside the measured peak of step 3, for an actor and critic of
-OPT-125M's shape on a CPU.
+The memory plan of --dry_run beside measured peaks, at each moment of a run on a CPU: load,
+generate, score, train, EMA, sample, save, resume; models of OPT-125M's and OPT-350M's shape, ZeRO
+0, 2 and 3, LoRA, a moving average, 1 and 2 processes.
 
-    OMP_NUM_THREADS=1 python bench/memory.py
+    python bench/memory.py                     # all cases, some minutes each
+    python bench/memory.py "125m, ZeRO 2, 2"   # one
 
-That is four runs of a rollout and two updates, about a minute each.
-
-Random weights, saved in float16 as OPT's on the hub are. Measured: the growth of the process's peak
-resident memory over what it had after the imports, a fresh process each. MALLOC_MMAP_THRESHOLD_
-gives every tensor of a megabyte its own pages, so that what is counted is what is alive: with
-glibc's own threshold the holes in its heap come on top.
+A case is three runs: two steps of PPO with checkpoints, one more after a --resume, and two steps of
+SFT for the sample at its end. Measured: the growth of a process's peak resident memory within a
+moment over what it had after the imports. Of that is taken off what the same runs take with a model
+of next to no weights, because libraries touch their pages late (some 0.25 GB). While models are
+loaded the file that is mapped into memory counts, which the system could drop.
+MALLOC_MMAP_THRESHOLD_ gives every tensor of a megabyte its own pages, so that what is counted is
+what is alive: with glibc's own threshold the holes in its heap come on top.
 """
 
 import argparse
 import json
 import os
+import platform
+import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,121 +31,254 @@ sys.path[0] = str(ROOT)  # not bench/: its kernels.py would stand before kernels
 P = 64
 R = 32
 ROWS = 4
-BF16 = {"bf16": {"enabled": True}, "gradient_clipping": 1.0}
-FLOAT32 = ["--deepspeed_config", f"{ROOT}/configs/cpu.json"]
-RUNS = {  # name -> flags
-    "float32, ZeRO 0": FLOAT32,
-    "bfloat16, ZeRO 0": [],
-    "bfloat16, ZeRO 2": ["--zero_stage", "2"],
-    "float32, LoRA, checkpointing": [
-        *FLOAT32, "--lora_dim", "8", "--only_optimize_lora", "--gradient_checkpointing"],
+LORA = ["--lora_dim", "8", "--only_optimize_lora", "--gradient_checkpointing"]
+CASES = {  # name -> shape, DeepSpeed JSON, processes, flags
+    "125m, ZeRO 0, EMA": ("125m", "float32", 1, ["--enable_ema"]),
+    "125m, ZeRO 2, 2": ("125m", "float32", 2, ["--zero_stage", "2"]),
+    "125m, ZeRO 2, EMA, 2": ("125m", "float32", 2, ["--zero_stage", "2", "--enable_ema"]),
+    "125m, ZeRO 3, 2": ("125m", "float32", 2, ["--zero_stage", "3"]),
+    "125m, ZeRO 3, EMA, 2": ("125m", "float32", 2, ["--zero_stage", "3", "--enable_ema"]),
+    "125m, ZeRO 0, LoRA": ("125m", "float32", 1, LORA),
+    "125m, ZeRO 3, LoRA, 2": ("125m", "float32", 2, ["--zero_stage", "3", *LORA]),
+    "125m, bf16, ZeRO 0": ("125m", "bfloat16", 1, []),
+    "350m, ZeRO 2": ("350m", "float32", 1, ["--zero_stage", "2"]),
+    "350m, ZeRO 3, 2": ("350m", "float32", 2, ["--zero_stage", "3"]),
 }
+SHORT = {"bfloat16": (16, 8, 2)}  # P, R, ROWS where a CPU multiplies slowly
 
 
-def flags(folder, name):
-    values = {
-        "actor_model_name_or_path": f"{folder}/actor",
-        "critic_model_name_or_path": f"{folder}/reward",
-        "data_path": f"{folder}/rows.jsonl",
-        "output_dir": f"{folder}/output",
-        "max_prompt_seq_len": P,
-        "max_answer_seq_len": R,
-        "per_device_generation_batch_size": ROWS,
-        "per_device_train_batch_size": ROWS // 2,
-        "max_steps": 1,
-        "overwrite_output_dir": True,
-        "max_eval_samples": ROWS,
-        "deepspeed_config": f"{folder}/bf16.json",
-    }
-    words = []
-    for flag, value in values.items():
-        words += [f"--{flag}", str(value)]
-    return words + RUNS[name]
+# -----------------------------------------------------------------------------
+# in a process of its own: a stage, and its peaks
+
+def resident(entry):
+    """Bytes, from /proc/self/status: VmRSS is what is resident now, VmHWM its peak."""
+    for line in open("/proc/self/status"):
+        if line.startswith(entry):
+            return int(line.split()[1]) * 1024
 
 
-def make_inputs(folder):
-    """Actor, reward model, and prompts of exactly P tokens."""
-    from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification
+class Peaks:
+    """The peak of each moment; a moment within another is not counted to the outer one."""
+
+    def __init__(self):
+        self.baseline = resident("VmRSS")
+        self.bytes = {}
+        self.moments = ["other"]
+        self._reset()
+
+    def _reset(self):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+
+    def _note(self):
+        moment = self.moments[-1]
+        peak = resident("VmHWM") - self.baseline
+        self.bytes[moment] = max(self.bytes.get(moment, 0), peak)
+        self._reset()
+
+    def watch(self, owner, name, moment):
+        """Calls of owner.name are that moment from now on."""
+        function = getattr(owner, name)
+
+        def watched(*arguments, **options):
+            self._note()
+            self.moments.append(moment)
+            try:
+                return function(*arguments, **options)
+            finally:
+                self._note()
+                self.moments.pop()
+
+        setattr(owner, name, watched)
+
+
+def child(stage, arguments):
+    """Runs a stage; the last line is {moment: bytes}."""
+    import hybrid_engine
+    import step1_sft
+    import step3_ppo
+    from support import checkpoints
+    from support.flags import parse_config
+    peaks = Peaks()
+    trainer = step3_ppo.DeepSpeedPPOTrainer
+    average = hybrid_engine.ExponentialMovingAverage
+    generate = "generate" if stage == "ppo" else "sample"
+    for owner, name, moment in (
+            (step3_ppo.DeepSpeedRLHFEngine, "__init__", "load"),
+            (hybrid_engine.InferenceEngine, "generate", generate),
+            (trainer, "generate_experience", "score"), (step3_ppo, "evaluate", "score"),
+            (trainer, "update_actor", "train actor"), (trainer, "update_critic", "train critic"),
+            (average, "update", "EMA"), (average, "by_name", "save"),
+            (step3_ppo, "save_model", "save"), (checkpoints.Checkpoints, "_write", "save"),
+            (checkpoints.Checkpoints, "_restore", "resume"),
+            (step1_sft, "sample_answers", "sample")):
+        peaks.watch(owner, name, moment)
+    module = {"sft": step1_sft, "ppo": step3_ppo}[stage]
+    module.main(parse_config(module.Config, "", arguments))
+    print(json.dumps(peaks.bytes))
+
+
+# -----------------------------------------------------------------------------
+# the runs of a case
+
+def make_inputs(folder, size, prompt_tokens):
+    """Actor and reward model in float16, as OPT's on the hub are; prompts of so many tokens."""
+    from transformers import OPTForCausalLM, OPTForSequenceClassification
 
     from data import encode_prompts, load_tokenizer
+    from support.plan import opt_config
     tokenizer = load_tokenizer("tiny")
-    hf_config = OPTConfig(num_labels=1, pad_token_id=tokenizer.pad_token_id,
-                          eos_token_id=tokenizer.eos_token_id)
+    hf_config = opt_config(size)
+    if size == "none":
+        hf_config.vocab_size = len(tokenizer)
+    hf_config.num_labels = 1
+    hf_config.pad_token_id = tokenizer.pad_token_id
+    hf_config.eos_token_id = tokenizer.eos_token_id
     for name, kind in (("actor", OPTForCausalLM), ("reward", OPTForSequenceClassification)):
         kind(hf_config).half().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
-    # Questions of many lengths, of which those with P tokens are kept.
+    # Questions of many lengths, of which those with that many tokens are kept.
     rows = []
-    for n in range(20, P):
+    for n in range(1, prompt_tokens):
         questions = [f"What is {i} plus {i % 7}" + " red" * n + "?" for i in range(50)]
         prompts = [[{"role": "user", "content": question}] for question in questions]
         ids = encode_prompts(tokenizer, prompts)[1]
         for question, row in zip(questions, ids):
-            if len(row) == P:
-                rows.append(json.dumps({"prompt": question, "chosen": "yes"}))
+            if len(row) == prompt_tokens:
+                rows.append(json.dumps({"prompt": question, "response": "yes"}))
     (folder / "rows.jsonl").write_text("\n".join(rows))
-    (folder / "bf16.json").write_text(json.dumps(BF16))
+    for dtype in ("float32", "bfloat16"):
+        settings = {"bf16": {"enabled": dtype == "bfloat16"}, "gradient_clipping": 1.0}
+        (folder / f"{dtype}.json").write_text(json.dumps(settings))
 
 
-def resident(entry):
-    """MB, from /proc/self/status: VmRSS is what is resident now, VmHWM its peak."""
-    for line in open("/proc/self/status"):
-        if line.startswith(entry):
-            return int(line.split()[1]) / 1024
+def flags(folder, stage, dtype, more):
+    prompt_tokens, answer_tokens, rows = SHORT.get(dtype, (P, R, ROWS))
+    values = {
+        "data_path": f"{folder}/rows.jsonl",
+        "output_dir": f"{folder}/output",
+        "deepspeed_config": f"{folder}/{dtype}.json",
+        "max_prompt_seq_len": prompt_tokens,
+        "max_answer_seq_len": answer_tokens,
+        "per_device_train_batch_size": rows // 2,
+        "max_eval_samples": rows,
+        "max_steps": 2,
+        "save_steps": 1,
+    }
+    if stage == "ppo":
+        values |= {"actor_model_name_or_path": f"{folder}/actor",
+                   "critic_model_name_or_path": f"{folder}/reward",
+                   "per_device_generation_batch_size": rows,
+                   "skip_preflight": True}
+    else:
+        values |= {"model_name_or_path": f"{folder}/actor",
+                   "max_seq_len": prompt_tokens + answer_tokens}
+        more = [word for word in more if word != "--enable_ema"]
+    words = []
+    for flag, value in values.items():
+        words += [f"--{flag}", str(value)]
+    return words + more
 
 
-def child(arguments):
-    """Runs step 3; the last line is the growth of its peak memory in MB."""
+def run(stage, arguments, processes):
+    """-> [{moment: bytes} of each process]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "HF_HUB_OFFLINE": "1",
+                   "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+                   "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    running = []
+    for rank in range(processes):
+        running.append(subprocess.Popen(
+            [sys.executable, __file__, "--child", stage, *arguments], cwd=ROOT, text=True,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE))
+    outputs = [process.communicate()[0] for process in running]
+    return [json.loads(output.splitlines()[-1]) for output in outputs]
+
+
+def measured(folder, dtype, processes, more):
+    """-> [{moment: bytes} of each process] of the three runs of a case."""
+    ppo = run("ppo", flags(folder, "ppo", dtype, more), processes)
+    resumed = run("ppo", flags(folder, "ppo", dtype, [*more, "--resume", "--max_steps", "3"]),
+                  processes)
+    sft = run("sft", flags(folder, "sft", dtype, more), processes)
+    for peaks, after, beside in zip(ppo, resumed, sft):
+        peaks["resume"] = after["resume"]
+        peaks["sample"] = beside["sample"]
+    return ppo
+
+
+def planned(folder, dtype, processes, more):
+    """-> [{moment: bytes} of each process]."""
+    import step1_sft
     import step3_ppo
-    from support.flags import parse_config
-    baseline = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    step3_ppo.main(parse_config(step3_ppo.Config, "", arguments))
-    print(resident("VmHWM") - baseline)
-
-
-def planned(arguments):
-    """-> MB at the highest peak, and its phase."""
-    import step3_ppo
+    from support.dry_run import planned_work
     from support.flags import parse_config
     from support.plan import memory_plan, planned_models
     from support.processes import deepspeed_settings
-    config = parse_config(step3_ppo.Config, "", arguments)
-    models = planned_models(config, "ppo")
-    _, peaks = memory_plan(models, deepspeed_settings(config), 1, ROWS // 2, P + R, R, ROWS,
-                           config.gradient_checkpointing, cpu=True)
-    phase = max(peaks, key=peaks.get)
-    return peaks[phase] / 2**20, phase
+    moments = {}
+    for stage, config_class in (("ppo", step3_ppo.Config), ("sft", step1_sft.Config)):
+        config = parse_config(config_class, "", flags(folder, stage, dtype, more))
+        models = planned_models(config, stage)
+        ds_config = deepspeed_settings(config)
+        work = planned_work(config, stage, processes, True, models, ds_config)
+        of_stage = memory_plan(models, ds_config, processes, work)[1]
+        moments = {**of_stage, **moments}
+    return [{name: need.device + need.host + (0 if rank else need.first)
+             for name, need in moments.items()} for rank in range(processes)]
 
 
-def measured(arguments):
-    """MB of growth of a fresh process that runs step 3."""
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "HF_HUB_OFFLINE": "1",
-                   "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, __file__, "--child", *arguments], env=environment,
-                          cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True)
-    return float(done.stdout.split()[-1])
-
+# -----------------------------------------------------------------------------
+# the table
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE",
+                        help="; ".join(CASES))
+    cases = parser.parse_args().cases
+    import deepspeed
+    import torch
+    import transformers
+
+    from support.plan import OPT
+    OPT["none"] = (12, 12, 12)  # a model of next to no weights
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, deepspeed "
+          f"{deepspeed.__version__}, transformers {transformers.__version__}")
+    print("planned / measured MB; the process of rank 0, which writes, and the last")
     in_memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=in_memory if in_memory.exists() else None) as folder:
-        make_inputs(Path(folder))
-        print(f"{'':<32}{'planned MB':>11}{'measured':>10}{'ratio':>7}  peak")
-        for name in RUNS:
-            arguments = flags(folder, name)
-            plan, phase = planned(arguments)
-            measure = measured(arguments)
-            print(f"{name:<32}{plan:>11.0f}{measure:>10.0f}{plan / measure:>7.2f}  {phase}",
-                  flush=True)
+    own = {}
+    ratios = []
+    for case in cases:
+        size, dtype, processes, more = CASES[case]
+        with tempfile.TemporaryDirectory(dir=in_memory if in_memory.exists() else None) as place:
+            folder = Path(place)
+            prompt_tokens = SHORT.get(dtype, (P,))[0]
+            if processes not in own:
+                make_inputs(folder, "none", P)
+                plain = ["--zero_stage", "0"]
+                own[processes] = measured(folder, "float32", processes, plain)
+                subprocess.run(["rm", "-r", str(folder / "output")], check=True)
+            make_inputs(folder, size, prompt_tokens)
+            plan = planned(folder, dtype, processes, more)
+            found = measured(folder, dtype, processes, more)
+        for rank in sorted({0, processes - 1}):
+            words = []
+            for moment, expected in plan[rank].items():
+                with suppress(KeyError):  # moments of the other stage's training
+                    library = own[processes][rank].get(moment, own[processes][rank]["score"])
+                    peak = found[rank][moment] - library
+                    ratios.append(expected / peak)
+                    words.append(f"{moment} {expected / 2**20:.0f}/{peak / 2**20:.0f}")
+            print(f"{case}, rank {rank}: {', '.join(words)}", flush=True)
+    print(f"planned / measured: {min(ratios):.2f} to {max(ratios):.2f} over {len(ratios)} moments")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2:])
+        child(sys.argv[2], sys.argv[3:])
     else:
         main()

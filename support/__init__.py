@@ -6,6 +6,8 @@ ground floor, which data.py and hybrid_engine.py stand on
     processes         start and end of a run, DeepSpeed's settings, collectives
     lora, models      adapters; Hugging Face folders in and out
     sources           --data_path -> rows: files, folders, hub names
+    forms             the rows of public data sets -> records
+    cache             rows are prepared once a host
     toy               the built-in task and its exact marks
 upper floor, which stands on data.py and hybrid_engine.py
     metrics           the log, the summary, sampled answers
@@ -13,6 +15,7 @@ upper floor, which stands on data.py and hybrid_engine.py
     reward_functions  --reward_fn file.py:function
     preflight         what PPO checks before its first update
     doctor            what a run's metrics say about its health
-    plan              --dry_run: memory, time, cost
-    run_all           the two things that run_all.sh needs Python for
+    plan              memory at each moment of a stage, and its FLOP, from shapes
+    dry_run           --dry_run: does it fit, what does, hours and dollars
+    run_all           what run_all.sh needs Python for: checks, plans, the table of results
 """

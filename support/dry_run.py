@@ -294,11 +294,18 @@ def dry_run(config, stage):
 def print_plan(plan):
     """The models, the moments, and the verdict."""
     work = plan.work
-    dtype = str(compute_dtype(plan.ds_config)).removeprefix("torch.")
-    zero_stage = plan.ds_config["zero_optimization"]["stage"]
-    rollout = f", {work.generated} a rollout" if work.generated else ""
-    print(f"\nmemory plan, GB on each of {plan.devices} device(s): {dtype}, ZeRO stage "
-          f"{zero_stage}, {work.rows} rows of {work.tokens} tokens a micro-batch{rollout}")
+    settings = [str(compute_dtype(plan.ds_config)).removeprefix("torch."),
+                f"ZeRO {plan.ds_config['zero_optimization']['stage']}"]
+    if plan.config.lora_dim:
+        settings.append(f"LoRA {plan.config.lora_dim}")
+    if work.checkpointing:
+        settings.append("checkpointing")
+    if work.tp > 1:
+        settings.append(f"{work.tp} share a decoder")
+    settings.append(f"micro-batches of {work.rows} x {work.tokens} tokens")
+    if work.generated:
+        settings.append(f"rollouts of {work.generated}")
+    print(f"\nmemory plan, GB on each of {plan.devices} device(s): {', '.join(settings)}")
     print_parts(plan)
     moments = ", ".join(f"{name} {need.device / GB:.1f}" for name, need in plan.moments.items())
     print(f"\nmoments   {moments}")

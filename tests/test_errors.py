@@ -21,6 +21,7 @@ import chat
 import step1_sft
 from conftest import ROOT, clean_environment
 from support.flags import UsageError, exit_on_usage_error, parse_config
+from support.processes import check_launcher, deepspeed_settings
 
 CASES = {  # name: (command line, what the sentence must name)
     # data
@@ -438,6 +439,29 @@ def test_the_sentence_comes_without_standard_output_and_with_an_odd_rank(monkeyp
         raise UsageError("a fault.")
     assert end.value.code == 2
     assert "error: a fault." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(WORLD_SIZE="two"), "WORLD_SIZE=two: "), (dict(MASTER_PORT=""), "MASTER_PORT=: "),
+    (dict(RANK="2"), "RANK=2 WORLD_SIZE=2"), (dict(MASTER_PORT="65536"), "ports end at 65535"),
+    (dict(RANK="1", MASTER_PORT="65535"), None)])
+def test_a_launchers_variables_are_numbers_that_go_together(changes, said, monkeypatch):
+    launcher = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost",
+                    MASTER_PORT="29500")
+    for name, value in (launcher | changes).items():
+        monkeypatch.setenv(name, value)
+    if said is None:
+        check_launcher()
+        return
+    with pytest.raises(UsageError, match=said):
+        check_launcher()
+
+
+def test_bf16_by_its_other_name_would_train_in_float32(tmp_path):
+    (tmp_path / "ds.json").write_text('{"bfloat16": {"enabled": true}}')
+    config = step1_sft.Config(deepspeed_config=str(tmp_path / "ds.json"))
+    with pytest.raises(UsageError, match="bfloat16 is read under the name bf16"):
+        deepspeed_settings(config)
 
 
 def test_a_reader_that_has_seen_enough():

@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 
 import step3_ppo
 from hybrid_engine import InferenceEngine
+from support import dry_run, run_all
 from support.flags import RunConfig, UsageError, parse_config
 from support.dry_run import DEVICES, plan_stage, what_fits
 from support.plan import Work, empty_model, epoch_hours, memory_plan, training_flops
@@ -190,7 +191,7 @@ def test_step_3_plans_without_reading_weights(model_folders, tmp_path, monkeypat
         "--critic_model_name_or_path", "facebook/opt-350m",
         "--dry_run", "8", "--zero_stage", "3", "--device", "h100"]))
     out = capsys.readouterr().out
-    for name in ("8 device(s)", "ZeRO stage 3", "actor", "ref", "reward", "critic", "generate",
+    for name in ("8 device(s)", "ZeRO 3", "actor", "ref", "reward", "critic", "generate",
                  "train critic", "fits", "h100 has 79.1 GB", "100 TFLOP/s", "$3"):
         assert name in out, (name, out)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -278,6 +279,42 @@ def test_run_all_plans_offline_and_refuses_what_does_not_fit(model, hardware, de
     assert float(cost.replace(",", "")) == pytest.approx(dollars, abs=0.02)
     assert sum(hours) * devices * DEVICES[device].price == pytest.approx(dollars, rel=0.02)
     assert not list(tmp_path.iterdir())
+
+
+def test_run_all_holds_the_plan_against_this_machine(monkeypatch, capsys):
+    """
+    Before the first stage, with the shapes of the models that it starts from; a plan of stage 3
+    alone that does not fit ends the run.
+    """
+    small = ["--data_path", "toy", "--max_steps", "2"]
+    words = ["step1_sft", "--model_name_or_path", "tiny", *small, "--",
+             "step2_reward", "--model_name_or_path", "output/sft", *small, "--",
+             "step3_ppo", "--actor_model_name_or_path", "output/sft",
+             "--critic_model_name_or_path", "output/reward", *small]
+    monkeypatch.setattr("sys.argv", ["run_all"])
+    run_all.check("cpu", words)
+    peaks = re.search(r"memory plan: step1_sft ([\d.]+), step2_reward ([\d.]+), step3_ppo "
+                      r"([\d.]+) of the [\d.]+ GB", capsys.readouterr().out).groups()
+    largest = max(float(peaks[0]), float(peaks[1]))
+    rollouts = ["--per_device_generation_batch_size", "4096"]
+    monkeypatch.setattr(dry_run, "host_memory", lambda: largest + 0.2)
+    run_all.check("cpu", words)
+    with pytest.raises(SystemExit):
+        run_all.check("cpu", words + rollouts)
+    said = capsys.readouterr().err
+    for part in ("run_all.sh: error: step3_ppo does not fit", "'generate'", "what does: ",
+                 "--per_device_generation_batch_size 8", "start the stages by themselves"):
+        assert part in said, (part, said)
+
+
+@pytest.mark.parametrize("hardware, hostfile, asked, devices", [
+    ("cpu", None, -1, 1), ("1gpu", None, -1, 1), ("1gpu", None, 4, 4), ("multinode", None, -1, 64),
+    ("multinode", "a slots=8\n# b slots=8\nc slots=4 # slots=2\n", -1, 12)])
+def test_devices_of_a_kind_of_hardware(hardware, hostfile, asked, devices, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOSTFILE", str(tmp_path / "hosts"))
+    if hostfile:
+        (tmp_path / "hosts").write_text(hostfile)
+    assert run_all.devices_of(hardware, asked) == devices
 
 
 def test_epochs_over_a_rollout_and_mixed_in_text_are_planned():
