@@ -205,17 +205,23 @@ def is_offloaded(zero, part):
     return zero.get(f"offload_{part}", {}).get("device", "none") != "none"
 
 
+def live_parameters(model, ds_config):
+    """Bytes of one model's weights that ZeRO 3 gathers at a time."""
+    limit = ds_config["zero_optimization"].get("stage3_max_live_parameters", 1e9)
+    return compute_dtype(ds_config).itemsize * min(parameter_count(model), limit)
+
+
 def model_memory(model, ds_config, devices, rows, tokens, scored, checkpointing, cpu):
     """
-    One model's bytes on each device -> {"weights", "gradients", "optimizer", "host", "buffers",
-    "activations"}.
+    One model's bytes on each device -> {"weights", "gradients", "optimizer", "host", "bucket",
+    "buffers", "activations"}.
 
     P parameters, T of them trained, b bytes of the compute dtype, N devices: weights b P, gradients
     b T, AdamW with its float32 master weights 12 T (8 T in float32 without ZeRO), of which ZeRO
     leaves each device all or 1/N (SHARDED). DeepSpeed's buffers: the bucket in which gradients are
     summed (reduce_bucket_size numbers, twice with overlap_comm), or, later, a float32 copy of
-    16-bit gradients for AdamW; on ZeRO 3 live parameters too, and the bucket stays. On the host:
-    what is offloaded.
+    16-bit gradients for AdamW; on ZeRO 3 live parameters too, and the bucket stays and is copied
+    when it is full. On the host: what is offloaded.
     """
     zero = ds_config["zero_optimization"]
     stage = zero["stage"]
@@ -248,13 +254,12 @@ def model_memory(model, ds_config, devices, rows, tokens, scored, checkpointing,
         memory["weights"] = 0
 
     # DeepSpeed's buffers.
-    bucket = reduce_bucket(zero, b, T, N, cpu)
+    memory["bucket"] = reduce_bucket(zero, b, T, N, cpu)
     if stage == 3:
-        live = min(P, zero.get("stage3_max_live_parameters", 1e9))
-        memory["gradients"] += bucket
-        memory["buffers"] = b * live + widened
+        # The bucket is copied when it is full.
+        memory["buffers"] = live_parameters(model, ds_config) + memory["bucket"] + widened
     else:
-        memory["buffers"] = max(bucket, widened)
+        memory["buffers"] = max(memory["bucket"], widened)
 
     memory["activations"] = 0
     if T > 0:
@@ -294,6 +299,10 @@ def master_bytes(stage, b):
 def adam_averages(memory, stage, b):
     """Bytes of AdamW's two averages, 8 a parameter, in model_memory's "optimizer"."""
     return memory["optimizer"] * 8 / (8 + master_bytes(stage, b))
+
+
+def largest_weight(model):
+    return max(parameter.numel() for parameter in model.parameters())
 
 
 def saving_memory(model, stage, b, devices, averaged, cpu):
@@ -378,9 +387,12 @@ def memory_plan(models, ds_config, devices, work):
 
     # What is there all the time. Gradients come and go; ZeRO 3 keeps them in place.
     always = ["weights", "optimizer"]
+    bucket = 0
     if stage == 3:
         always.append("gradients")
-    device = sum(memory[part] for memory in parts.values() for part in always)
+        bucket = sum(memory["bucket"] for memory in parts.values())
+    at_first = sum(memory[part] for memory in parts.values() for part in always)
+    device = at_first + bucket
     host = sum(memory["host"] for memory in parts.values())
     averages = 4 * trained_count(actor) if work.ema else 0
     averages_of_first = 0
@@ -390,18 +402,18 @@ def memory_plan(models, ds_config, devices, work):
         host += averages / devices
 
     # Loading ends before AdamW's two averages are there, but in 16 bits without ZeRO, where
-    # DeepSpeed steps once to make them.
-    moments = {"load": Need(device, host, averages_of_first)}
+    # DeepSpeed steps once to make them, and before there are gradients.
+    moments = {"load": Need(at_first, host, averages_of_first)}
     if stage > 0 or b == 4:
         moments["load"].device -= sum(adam_averages(memory, stage, b)
                                       for memory in parts.values())
 
     # A forward that keeps nothing has one layer's activations at a time, and under ZeRO 3 the
-    # parameters that are gathered for it.
+    # parameters that are gathered for it and for the reference, which reads the same rows.
     live = 0
     if stage == 3:
-        limit = ds_config["zero_optimization"].get("stage3_max_live_parameters", 1e9)
-        live = b * min(limit, max(parameter_count(model) for model in models.values()))
+        largest = sorted(live_parameters(model, ds_config) for model in models.values())
+        live = sum(largest[-2:])
     forward = live + b * work.rows * work.tokens * activation_width(actor)
 
     # A rollout: generated, then scored.
@@ -433,13 +445,16 @@ def memory_plan(models, ds_config, devices, work):
         sample = generation_memory(actor, ds_config, work.sampled, work.answered, work.tp, work.cpu)
         moments["sample"] = Need(device + sum(sample.values()), host, averages_of_first)
     moments["save"] = Need(device, host, averages_of_first)
-    moments["resume"] = Need(device, host, averages_of_first)
+    moments["resume"] = Need(at_first, host, averages_of_first)
     for name, model in models.items():
         if not trained_count(model):
             continue
         each, first_alone = saving_memory(model, stage, b, devices, work.ema and name == first,
                                           work.cpu)
         save = moments["save"]
+        if stage == 3:
+            # The largest weight, gathered.
+            save.device = max(save.device, device + 2 * b * largest_weight(model))
         save.host = max(save.host, host + each)
         save.first = max(save.first, averages_of_first + first_alone)
         resume = moments["resume"]
