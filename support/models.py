@@ -400,7 +400,11 @@ def whole_state(engine):
     if engine.zero_optimization_stage() < 3:
         return engine.module.model.state_dict()
     whole = engine._zero3_consolidated_16bit_state_dict() or {}
-    return {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+    state = {name.removeprefix("model."): tensor for name, tensor in whole.items()}
+    # DeepSpeed's recursive function holds itself, and with it this dict of all weights, until
+    # Python next looks for such circles.
+    whole.clear()
+    return state
 
 
 def write_folder(model, tokenizer, state, folder):

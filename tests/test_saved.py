@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 import step1_sft
 import step2_reward
 from conftest import ROOT, clean_environment
-from support import checkpoints, metrics, processes, run_all
+from support import checkpoints, metrics, models, processes, run_all
 from support.flags import UsageError, exit_on_usage_error
 from test_resume import assert_same, checkpoints_of, cut, inputs, result, stop_at, train
 
@@ -528,3 +529,12 @@ def test_a_ctrl_c_before_anything_listens_is_a_sentence(capsys):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert ended.value.code == 130 and "stopped by Ctrl-C" in capsys.readouterr().err
+
+
+def test_whole_weights_are_not_kept_after_a_save():
+    """ZeRO 3 gathers them for rank 0; in the host's memory they are as large as the model."""
+    gathered = {"model.weight": torch.ones(2)}
+    engine = types.SimpleNamespace(zero_optimization_stage=lambda: 3,
+                                   _zero3_consolidated_16bit_state_dict=lambda: gathered)
+    assert list(models.whole_state(engine)) == ["weight"]
+    assert not gathered
