@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from kernels.decoder import FAMILIES
+from kernels.linear import can_pack
 from kernels.logprob import SLICE
 from support.flags import UsageError
 from support.lora import LoRALinear, add_lora
@@ -273,7 +274,8 @@ def generation_memory(model, ds_config, rows, tokens, tp, cpu):
     Bytes on each device of the decoder's own weights (see the top of hybrid_engine.py) and of its
     KV cache, when tp devices share the weights.
     """
-    b = compute_dtype(ds_config).itemsize
+    dtype = compute_dtype(ds_config)
+    b = dtype.itemsize
     hf_config = model.config
     layers = hf_config.num_hidden_layers
     H, KVH, D = attention_shape(hf_config)
@@ -281,7 +283,7 @@ def generation_memory(model, ds_config, rows, tokens, tp, cpu):
         # The blocks' matrices are split over the devices, embeddings and head are whole.
         in_blocks = sum(m.weight.numel() for m in block_matrices(model))
         copied = in_blocks / tp + parameter_count(model) - in_blocks
-    elif cpu:
+    elif cpu and can_pack(torch.empty(0, dtype=dtype)):
         head = model.get_output_embeddings().weight.numel()
         copied = sum(m.weight.numel() for m in block_matrices(model)) / tp + head
     else:
@@ -330,11 +332,13 @@ def saving_memory(model, stage, b, devices, averaged, cpu):
 def resuming_memory(model, memory, stage, b, cpu):
     """
     Bytes on the host while DeepSpeed reads one model's checkpoint. Its tensors are copied, but for
-    AdamW's two averages, which on a CPU are taken over.
+    AdamW's two averages, which on a CPU are taken over (not in 16 bits without ZeRO).
     """
     weights = b * sum(p.numel() for p in model.parameters() if p.requires_grad)
     optimizer = memory["optimizer"]
-    taken_over = adam_averages(memory, stage, b) if cpu else 0
+    taken_over = 0
+    if cpu and (stage > 0 or b == 4):
+        taken_over = adam_averages(memory, stage, b)
     if stage == 0:
         return weights + optimizer - taken_over
     # Weights and optimizer are files of their own, read one after the other.
@@ -402,11 +406,13 @@ def memory_plan(models, ds_config, devices, work):
         host += averages / devices
 
     # Loading ends before AdamW's two averages are there, but in 16 bits without ZeRO, where
-    # DeepSpeed steps once to make them, and before there are gradients.
+    # DeepSpeed steps once to make them, on float32 gradients of 0.
     moments = {"load": Need(at_first, host, averages_of_first)}
     if stage > 0 or b == 4:
         moments["load"].device -= sum(adam_averages(memory, stage, b)
                                       for memory in parts.values())
+    else:
+        moments["load"].device += 4 * max(trained_count(model) for model in models.values())
 
     # A forward that keeps nothing has one layer's activations at a time, and under ZeRO 3 the
     # parameters that are gathered for it and for the reference, which reads the same rows.
