@@ -113,6 +113,9 @@ def fitting(table, rows):
     return None
 
 
+QUESTION_WORDS = ("question", "prompt", "instruct", "query", "input", "ask", "user", "human")
+
+
 def choose_form(rows, source):
     """
     Rows (dicts of one source) -> the function of FORMS that reads them. Raises UsageError where
@@ -123,6 +126,8 @@ def choose_form(rows, source):
         return form
     columns = sorted(set().union(*rows))
     texts = [name for name in columns if isinstance(rows[0].get(name), str)] or columns
+    # Those that are called like a question come first.
+    texts.sort(key=lambda name: not any(word in name.lower() for word in QUESTION_WORDS))
     accepted = "; ".join(", ".join(needed) for needed, _ in FORMS[:8]) + "; and others"
     raise UsageError(
         f"{source} has the columns {', '.join(columns)}, and no form reads them. Say which is "

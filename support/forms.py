@@ -510,6 +510,7 @@ FORMS = [
     (("conversation",), partial(from_messages, "conversation")),
     (("prompt", "response"), partial(from_columns, "prompt", "response")),
     (("prompt", "completion"), partial(from_columns, "prompt", "completion")),
+    (("prompt", "chosen"), partial(from_columns, "prompt", "chosen")),
     (("prompt", "label"), from_vicuna),
     (("question", "human_answers"), partial(from_lists, "question", "human_answers")),
     (("questions", "paragraph"), from_paragraph),

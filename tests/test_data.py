@@ -524,10 +524,15 @@ def item_answer(tokenizer):
     return tokenizer("third</s>", add_special_tokens=False).input_ids
 
 
+def test_a_chosen_answer_alone_is_a_demonstration():
+    [record] = records_of([{"prompt": "Hi?", "chosen": "Hello.", "score": 3}])
+    assert (record.prompt, record.chosen, record.rejected) == (user("Hi?"), "Hello.", None)
+
+
 def test_columns_may_be_given_other_names(tmp_path):
     rows = [{"Query": f"q{i}", "Best": f"good {i}", "Worst": "bad", "n": 3} for i in range(20)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UsageError, match="Best, Query, Worst, n, and no form reads them.*--columns prompt="):
+    with pytest.raises(UsageError, match="Best, Query, Worst, n, and no form reads them.*--columns prompt=Query response="):
         load_records(DataConfig(data_path=[path]), 2, log=quiet)
     names = ["prompt=Query", "chosen=Best", "rejected=Worst"]
     train, _ = load_records(DataConfig(data_path=[path], columns=names, data_split="0,1,0"), 2, log=quiet)
