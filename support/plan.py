@@ -321,9 +321,11 @@ def saving_memory(model, stage, b, devices, averaged, cpu):
     merged = sum(m.weight.numel() for m in model.modules() if isinstance(m, LoRALinear))
     first += b * merged
     if averaged:
-        # The averages by name, in float32 and as they are written. While they are gathered, the
-        # weights that stand in their place are kept.
-        first += 4 * T + b * T
+        # The averages by name, in float32 and, where that is another type, as they are written.
+        # While they are gathered, the weights that stand in their place are kept.
+        first += 4 * T
+        if b < 4:
+            first += b * T
         if stage > 0:
             each += 4 * T / devices
     return each, first
@@ -465,6 +467,8 @@ def memory_plan(models, ds_config, devices, work):
         save.first = max(save.first, averages_of_first + first_alone)
         resume = moments["resume"]
         read = resuming_memory(model, parts[name], stage, b, work.cpu)
+        if work.cpu and name == first:
+            read = max(read, averages)  # a file that is mapped, and read to its end
         resume.host = max(resume.host, host + read)
     return parts, moments
 
