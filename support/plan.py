@@ -221,8 +221,8 @@ def model_memory(model, ds_config, devices, rows, tokens, scored, checkpointing,
     b T, AdamW with its float32 master weights 12 T (8 T in float32 without ZeRO), of which ZeRO
     leaves each device all or 1/N (SHARDED). DeepSpeed's buffers: the bucket in which gradients are
     summed (reduce_bucket_size numbers, twice with overlap_comm), or, later, a float32 copy of
-    16-bit gradients for AdamW; on ZeRO 3 live parameters too, and the bucket stays and is copied
-    when it is full. On the host: what is offloaded.
+    16-bit gradients for AdamW; on ZeRO 3 the bucket stays, and is copied when it is full. On the
+    host: what is offloaded.
     """
     zero = ds_config["zero_optimization"]
     stage = zero["stage"]
@@ -257,8 +257,8 @@ def model_memory(model, ds_config, devices, rows, tokens, scored, checkpointing,
     # DeepSpeed's buffers.
     memory["bucket"] = reduce_bucket(zero, b, T, N, cpu)
     if stage == 3:
-        # The bucket is copied when it is full.
-        memory["buffers"] = live_parameters(model, ds_config) + memory["bucket"] + widened
+        # The bucket is copied when it is full, in the backward; AdamW comes after it.
+        memory["buffers"] = max(memory["bucket"], widened)
     else:
         memory["buffers"] = max(memory["bucket"], widened)
 
@@ -409,19 +409,24 @@ def memory_plan(models, ds_config, devices, work):
 
     # Loading ends before AdamW's two averages are there, but in 16 bits without ZeRO, where
     # DeepSpeed steps once to make them, on float32 gradients of 0.
-    moments = {"load": Need(at_first, host, averages_of_first)}
+    gathered = 0
+    if stage == 3:
+        # One weight at a time is whole, to be loaded, copied into the decoder, or written.
+        gathered = b * max(largest_weight(model) for model in models.values())
+    moments = {"load": Need(at_first + gathered, host, averages_of_first)}
     if stage > 0 or b == 4:
         moments["load"].device -= sum(adam_averages(memory, stage, b)
                                       for memory in parts.values())
     else:
         moments["load"].device += 4 * max(trained_count(model) for model in models.values())
 
-    # A forward that keeps nothing has one layer's activations at a time, and under ZeRO 3 the
-    # parameters that are gathered for it and for the reference, which reads the same rows.
+    # Parameters that ZeRO 3 has gathered: those of the model at work, and those of the one before,
+    # which go when they are in the way.
     live = 0
     if stage == 3:
         largest = sorted(live_parameters(model, ds_config) for model in models.values())
         live = sum(largest[-2:])
+    # A forward that keeps nothing has one layer's activations at a time.
     forward = live + b * work.rows * work.tokens * activation_width(actor)
 
     # A rollout: generated, then scored.
@@ -429,7 +434,8 @@ def memory_plan(models, ds_config, devices, work):
         rollout = generation_memory(actor, ds_config, work.generated, work.tokens, work.tp,
                                     work.cpu)
         parts[first].update(rollout)
-        moments["generate"] = Need(device + sum(rollout.values()), host, averages_of_first)
+        moments["generate"] = Need(device + gathered + sum(rollout.values()), host,
+                                   averages_of_first)
         moments["score"] = Need(device + forward, host, averages_of_first)
 
     # The peak of each model's training.
@@ -440,7 +446,7 @@ def memory_plan(models, ds_config, devices, work):
         buffers = memory["buffers"]
         # The first gradient comes when every activation is there. Without ZeRO the buffers wait
         # until the activations are gone.
-        peak = device + (activations + buffers if stage else max(activations, buffers))
+        peak = device + live + (activations + buffers if stage else max(activations, buffers))
         if stage < 3:
             peak += memory["gradients"]
         moments[f"train {name}"] = Need(peak, host, averages_of_first)
@@ -451,8 +457,10 @@ def memory_plan(models, ds_config, devices, work):
     # The end: a sample, and what is written.
     if work.sampled:
         sample = generation_memory(actor, ds_config, work.sampled, work.answered, work.tp, work.cpu)
-        moments["sample"] = Need(device + sum(sample.values()), host, averages_of_first)
-    moments["save"] = Need(device, host, averages_of_first)
+        moments["sample"] = Need(device + gathered + sum(sample.values()), host,
+                                 averages_of_first)
+    # Twice, because what is gathered for rank 0 is copied.
+    moments["save"] = Need(device + 2 * gathered, host, averages_of_first)
     moments["resume"] = Need(at_first, host, averages_of_first)
     for name, model in models.items():
         if not trained_count(model):
@@ -460,9 +468,6 @@ def memory_plan(models, ds_config, devices, work):
         each, first_alone = saving_memory(model, stage, b, devices, work.ema and name == first,
                                           work.cpu)
         save = moments["save"]
-        if stage == 3:
-            # The largest weight, gathered.
-            save.device = max(save.device, device + 2 * b * largest_weight(model))
         save.host = max(save.host, host + each)
         save.first = max(save.first, averages_of_first + first_alone)
         resume = moments["resume"]

@@ -67,6 +67,7 @@ def check(hardware, words):
         check_hardware(hardware)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     stages = []
+    base = ""
     for number, (name, config, section) in enumerate(stages_of(words), 1):
         stages.append((name, config, section))
         with exit_on_usage_error():

@@ -525,9 +525,14 @@ def test_a_compile_that_was_killed_is_not_waited_for(process_group, tmp_path, mo
 
 
 def test_a_ctrl_c_before_anything_listens_is_a_sentence(capsys):
-    with pytest.raises(SystemExit) as ended, exit_on_usage_error():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+    # A shell starts what is in its background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended, exit_on_usage_error():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and "stopped by Ctrl-C" in capsys.readouterr().err
 
 
