@@ -92,7 +92,8 @@ class Config(RunConfig):
     temperature: float = flag(1.0, "of sampling, and of all log-probabilities")
     top_p: float = flag(1.0, "nucleus sampling; below 1 answers come from the truncated "
                              "distribution, while PPO's ratio uses the full one", over=0, at_most=1)
-    inference_tp_size: int = flag(1, "processes that share one copy of the weights to generate")
+    inference_tp_size: int = flag(1, "processes that share one copy of the weights to generate",
+                                  at_least=1)
     # updates
     advantage: Literal["gae", "rloo", "grpo", "reinforce"] = flag(
         "gae", "estimator; all but gae go without a critic")

@@ -151,6 +151,7 @@ def planned_work(config, stage, devices, cpu, models, ds_config):
         work.scored = answer
         work.generated = config.rollout_rows
         work.tp = config.inference_tp_size
+        check_sharing(work.tp, devices, models["actor"].config)
         work.ema = config.enable_ema
         if config.unsupervised_data_path:
             work.text = config.max_seq_len
@@ -168,6 +169,17 @@ def planned_work(config, stage, devices, cpu, models, ds_config):
             on_a_host = min(devices, DEVICES_OF_A_HOST)
             work.tp = ranks_of_a_decoder(on_a_host, devices, heads, kv_heads)
     return work
+
+
+def check_sharing(tp, devices, hf_config):
+    """Raises UsageError for an --inference_tp_size that devices or heads cannot be cut into."""
+    heads, kv_heads, _ = attention_shape(hf_config)
+    fit = heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+    if devices % tp or not fit:
+        raise UsageError(
+            f"--inference_tp_size {tp}: {devices} device(s), {heads} heads and {kv_heads} key-value"
+            f" heads cannot be shared so; {ranks_of_a_decoder(devices, devices, heads, kv_heads)} "
+            "can.")
 
 
 # -----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from support.checkpoints import refuse_to_overwrite
 from support.dry_run import GB, host_memory, plan_stage, print_cost, print_plan, verdict
 from support.flags import UsageError, exit_on_usage_error, parse_config
 from support.models import check_positions, read_config
+from support.plan import planned_models
 from support.processes import deepspeed_settings
 from support.sources import read_source, read_text
 
@@ -92,10 +93,11 @@ def check_memory(hardware, stages):
     peaks = []
     for name, config, section in with_models_of_the_start(stages):
         try:
-            plan = plan_stage(config, section, devices, cpu)
-        except UsageError as error:
+            models = planned_models(config, section)
+        except UsageError as error:  # a mixture of experts
             print(f"run_all.sh: no memory plan of {name} ({error})")
             continue
+        plan = plan_stage(config, section, devices, cpu, models)
         way_out = (f"To run it all the same, start the stages by themselves (deepspeed {name}.py"
                    " ...), where no plan is held against the memory.")
         if not plan.fits:

@@ -236,6 +236,14 @@ def test_what_is_proposed_fits_and_is_no_more_than_that(flags, devices):
         assert count > 8 or devices == 1
 
 
+@pytest.mark.parametrize("tp, devices", [(16, 8), (3, 3), (2, 3), (0, 8)])
+def test_a_decoder_is_shared_by_ranks_that_divide_devices_and_heads(tp, devices):
+    """OPT-13B has 40 heads."""
+    with pytest.raises(UsageError, match=f"--inference_tp_size {tp}"):
+        config = parse_config(step3_ppo.Config, "", FULL_13B + ["--inference_tp_size", str(tp)])
+        plan_stage(config, "ppo", devices, cpu=False)
+
+
 def test_a_model_beyond_all_devices_is_said_to_be():
     flags = FULL_13B + ["--device", "rtx4090", "--actor_model_name_or_path", "facebook/opt-175b"]
     plan = plan_stage(parse_config(step3_ppo.Config, "", flags), "ppo", 1, cpu=False)
