@@ -343,7 +343,10 @@ def resuming_memory(model, memory, stage, b, cpu):
         taken_over = adam_averages(memory, stage, b)
     if stage == 0:
         return weights + optimizer - taken_over
-    # Weights and optimizer are files of their own, read one after the other.
+    # Weights and optimizer are files of their own, read one after the other. Under ZeRO 3 the
+    # weights come from the optimizer's.
+    if stage == 3:
+        weights = 0
     return max(weights, optimizer) - taken_over
 
 
