@@ -9,8 +9,9 @@ generate, score, train, EMA, sample, save, resume; models of OPT-125M's and OPT-
 A case is three runs: two steps of PPO with checkpoints, one more after a --resume, and two steps of
 SFT for the sample at its end. Measured: the growth of a process's peak resident memory within a
 moment over what it had after the imports. Of that is taken off what the same runs take with a model
-of next to no weights, because libraries touch their pages late (some 0.25 GB). While models are
-loaded the file that is mapped into memory counts, which the system could drop.
+of next to no weights, because libraries touch their pages late (some 0.2 GB). While models are
+loaded the file that is mapped into memory counts, which the system could drop; so it is added to
+the plan, which leaves it out.
 MALLOC_MMAP_THRESHOLD_ gives every tensor of a megabyte its own pages, so that what is counted is
 what is alive: with glibc's own threshold the holes in its heap come on top.
 """
@@ -217,7 +218,7 @@ def planned(folder, dtype, processes, more):
     import step3_ppo
     from support.dry_run import planned_work
     from support.flags import parse_config
-    from support.plan import memory_plan, planned_models
+    from support.plan import memory_plan, parameter_count, planned_models
     from support.processes import deepspeed_settings
     moments = {}
     for stage, config_class in (("ppo", step3_ppo.Config), ("sft", step1_sft.Config)):
@@ -226,6 +227,12 @@ def planned(folder, dtype, processes, more):
         ds_config = deepspeed_settings(config)
         work = planned_work(config, stage, processes, True, models, ds_config)
         of_stage = memory_plan(models, ds_config, processes, work)[1]
+        if stage == "ppo":
+            file = 2 * max(parameter_count(model) for model in models.values())  # float16
+            only_first = ds_config["zero_optimization"]["stage"] == 3
+            load = of_stage["load"]
+            load.first += file if only_first else 0
+            load.device += 0 if only_first else file
         moments = {**of_stage, **moments}
     return [{name: need.device + need.host + (0 if rank else need.first)
              for name, need in moments.items()} for rank in range(processes)]
