@@ -56,7 +56,6 @@ DEVICES = {device.name: device for device in (
     Device("rtx4090", 23.5, 25, 0.7))}
 
 
-
 def planned_device(config, cpu):
     """--device, or else what is here: this host for processes on its CPU, its GPU, an a100-80."""
     if config.device:

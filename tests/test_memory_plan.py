@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,10 @@ def test_a_decoder_is_shared_by_ranks_that_divide_devices_and_heads(tp, devices)
     with pytest.raises(UsageError, match=f"--inference_tp_size {tp}"):
         config = parse_config(step3_ppo.Config, "", FULL_13B + ["--inference_tp_size", str(tp)])
         plan_stage(config, "ppo", devices, cpu=False)
+
+
+def test_every_device_of_the_flag_is_in_the_table():
+    assert typing.get_type_hints(RunConfig)["device"] == typing.Literal["", *DEVICES]
 
 
 def test_a_model_beyond_all_devices_is_said_to_be():
