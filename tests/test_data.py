@@ -321,6 +321,7 @@ ROWS = {  # one row of every form, and the record it is
     ("prompt", "response"): ({"prompt": "Hi", "response": "Hello!"}, Preference(user("Hi"), "Hello!", None)),
     ("prompt", "completion"):
         ({"prompt": user("Hi"), "completion": assistant("Hello!")}, Preference(user("Hi"), "Hello!", None)),
+    ("prompt", "chosen"): ({"prompt": "Hi", "chosen": "Hello!"}, Preference(user("Hi"), "Hello!", None)),
     ("question", "answer"): ({"question": "1 + 1?", "answer": "2"}, Preference(user("1 + 1?"), "2", None)),
     ("conversations", "chosen", "rejected"):
         ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": {"from": "gpt", "value": "Hello!"},
