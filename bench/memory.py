@@ -6,6 +6,8 @@ generate, score, train, EMA, sample, save, resume; models of OPT-125M's and OPT-
     python bench/memory.py                     # all cases, some minutes each
     python bench/memory.py "125m, ZeRO 2, 2"   # one
 
+The cases of OPT-350M's shape need 20 GB of memory and 20 GB of disk (TMPDIR).
+
 A case is three runs: two steps of PPO with checkpoints, one more after a --resume, and two steps of
 SFT for the sample at its end. Measured: the growth of a process's peak resident memory within a
 moment over what it had after the imports. Of that is taken off what the same runs take with a model
@@ -256,12 +258,11 @@ def main():
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, deepspeed "
           f"{deepspeed.__version__}, transformers {transformers.__version__}")
     print("planned / measured MB; the process of rank 0, which writes, and the last")
-    in_memory = Path("/dev/shm")
     own = {}
     ratios = []
     for case in cases:
         size, dtype, processes, more = CASES[case]
-        with tempfile.TemporaryDirectory(dir=in_memory if in_memory.exists() else None) as place:
+        with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             prompt_tokens = SHORT.get(dtype, (P,))[0]
             if processes not in own:
