@@ -767,8 +767,9 @@ def encode_records(records, tokenizer, stage, max_len, log=print):
         log(f"data: {shortened} dialogues lost their oldest turns to fit --max_seq_len {max_len}")
     limit = "--max_prompt_seq_len" if stage == 3 else "--max_seq_len"
     dropped = len(records) - len(items)
-    log(f"data: {len(items)} examples encoded; {dropped} dropped (prompt over {limit} {max_len}), "
-        f"{cut} with answers cut to fit")
+    if dropped or cut:
+        log(f"data: {len(items)} examples encoded; {dropped} dropped (prompt over {limit} "
+            f"{max_len}), {cut} with answers cut to fit")
     if not items:
         raise UsageError(f"all {dropped} prompts are longer than {limit} {max_len} allows; raise "
                          "it, or shorten the prompts.")

@@ -25,23 +25,25 @@ case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; es
 [ "${1:-}" = setup ] && set -- tiny cpu && setup_only=1
 [ $# -ge 2 ] || stop "usage: bash run_all.sh MODEL HARDWARE [flags]; for example: bash run_all.sh tiny cpu"
 model=$1 hardware=$2
+export RUN_COMMAND="bash run_all.sh$(printf ' %q' "$@")"  # kept in summary.json
 shift 2
 case " $* " in *" --dry_run"*) dry_run=1 ;; *) dry_run= ;; esac  # plans, asks no other host and writes nothing
+case " $* " in *" --verbose"*) quiet= ;; *) quiet=--quiet ;; esac  # what DeepSpeed's launcher says
 
 # -----------------------------------------------------------------------------
 # hardware: how DeepSpeed starts the processes
 
 case $hardware in
-  cpu)       launch=(deepspeed --num_accelerators 1)
+  cpu)       launch=(deepspeed $quiet --num_accelerators 1)
              export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=  # on a machine with GPUs too
              # idle OpenMP threads soon sleep: where other programs run, spinning ones make this 4 to 50 times slower
              export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} ;;
-  1gpu)      launch=(deepspeed --num_gpus 1) ;;
-  1node)     launch=(deepspeed) ;;
+  1gpu)      launch=(deepspeed $quiet --num_gpus 1) ;;
+  1node)     launch=(deepspeed $quiet) ;;
   multinode) hostfile=${HOSTFILE:-/job/hostfile}
              [ -e "$hostfile" ] || [ $dry_run ] || stop "multinode needs a hostfile with lines like 'host1 slots=8'; name it in HOSTFILE"
              [ $dry_run ] || hosts=$(awk 'NF && !/^#/ {print $1}' "$hostfile")
-             launch=(deepspeed --hostfile "$hostfile" ${LAUNCHER_ARGS:-})
+             launch=(deepspeed $quiet --hostfile "$hostfile" ${LAUNCHER_ARGS:-})
              # without these, ssh, and with it the launcher, waits for ever for a host that was cut off
              export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=15 -o ServerAliveCountMax=4 ${PDSH_SSH_ARGS_APPEND:-}" ;;
   *) stop "HARDWARE '$hardware' is unknown; accepted: cpu, 1gpu, 1node, multinode" ;;
@@ -74,7 +76,7 @@ case $model in
     ppo="--actor_learning_rate 3e-4 --critic_learning_rate 3e-4 --num_warmup_steps 5 --max_steps 160
          --per_device_generation_batch_size 64 --per_device_train_batch_size 32"
     sft+=" --length_window 1" reward+=" --length_window 1"  # the toy's styles differ in length, and a step needs them all
-    data+=" --max_answer_seq_len 40 --logging_steps 50" ;;
+    data+=" --max_answer_seq_len 40" ;;
   opt-125m | opt-350m | opt-1.3b | opt-2.7b)
     base=facebook/$model
     rows=16
@@ -181,10 +183,26 @@ hand_on() {  # a SIGTERM, to the children of the launcher's child: the ranks, wh
   [ -n "${hosts:-}" ] || [ -z "$child" ] || ranks=$(cat /proc/${child%% *}/task/${child%% *}/children 2> /dev/null)
   kill ${ranks:-${child:-$1}} 2> /dev/null
 }
+last_of_each() {  # flags -> the same, of those that are there twice (a preset's and the user's) the last
+  local -A values=()
+  local word flag= order=()
+  for word; do
+    case $word in
+      --*) flag=${word%%=*} order+=("$flag") values[$flag]=$word ;;
+      *) values[$flag]+=" $word" ;;
+    esac
+  done
+  for flag in "${order[@]}"; do
+    [ -z "${values[$flag]}" ] || printf '%s ' "${values[$flag]}"
+    values[$flag]=
+  done
+}
 stage() {  # name, flags
-  local name=$1 began=$SECONDS code=0 told=
+  local name=$1 began=$SECONDS code=0 told= number
   shift
-  echo; echo "=== $name: ${launch[*]} $name.py $*"
+  number=$((${#clock[@]} + 1))
+  echo; echo "=== $number of 3: ${launch[*]} $name.py $(last_of_each "$@")"
+  export RUN_STAGES="$number/3 $work"  # for the time that is left
   "${launch[@]}" "$here/$name.py" "$@" &
   # so does Ctrl-C, which a launcher in the background does not hear
   trap 'told=1; hand_on $! || true' TERM INT
@@ -197,7 +215,7 @@ stage() {  # name, flags
     exit 143
   fi
   [ $code = 0 ] || stop "$name.py failed; its last lines above say why"
-  echo "=== $name took $((SECONDS - began)) s"
+  clock+=($((SECONDS - began)))
 }
 step1=("${config[@]}" --model_name_or_path "$base" $data $sft "$@" ${STEP1_ARGS:-})
 step2=("${config[@]}" --model_name_or_path "$critic" $data $reward "$@" ${STEP2_ARGS:-})
@@ -208,7 +226,7 @@ run_all() { PYTHONPATH=$here "$python" -P -m support.run_all "$@"; }  # -P: not 
 stages=(step1_sft "${step1[@]}" -- step2_reward "${step2[@]}" -- step3_ppo "${step3[@]}")
 [ -z "$dry_run" ] || { run_all plan "$hardware" "${stages[@]}"; exit; }
 echo "run_all.sh: checking the flags, the data and the memory of all stages"
-run_all check "$hardware" "${stages[@]}"
+work=$(run_all check "$hardware" "${stages[@]}") clock=()
 
 stage step1_sft "${step1[@]}"
 hand_out sft
@@ -219,5 +237,5 @@ stage step3_ppo "${step3[@]}"
 # -----------------------------------------------------------------------------
 # the numbers, from output/summary.json
 
-run_all table "$out/summary.json"
+run_all table "$out/summary.json" "${clock[@]}" $SECONDS
 echo; echo "Talk to it: $python chat.py --path $out/actor"

@@ -38,9 +38,11 @@ from hybrid_engine import train_engine, train_step
 from support.checkpoints import Checkpoints
 from support.dry_run import dry_run
 from support.flags import RunConfig, flag
-from support.metrics import MetricsLog, check_finite, sample_answers
+from support.log import MetricsLog, monitors
+from support.metrics import check_finite, sample_answers
 from support.models import load_language_model, save_model
 from support.processes import all_sum, print0, run_stage, setup, to_device
+from support.terminal import watched
 
 
 @dataclass
@@ -86,7 +88,7 @@ def perplexity(model, dataloader):
     """
     nats = 0.0
     tokens = 0.0
-    for batch in dataloader:
+    for batch in watched(dataloader, "held-out rows"):
         batch = to_device(batch)
         # A row that is repeated to fill up a rank's share has weight 0.
         batch["loss_mask"] = batch["loss_mask"] * batch["weight"][:, None]
@@ -133,8 +135,21 @@ def main(config):
     folder = checkpoints.folder
     columns = [("loss", "loss", "7.4f"), ("lr", "lr", ".2e"),
                ("tok/s", "tokens_per_second", "7.0f")]
-    log = MetricsLog(folder, total_steps, config.logging_steps, columns, engine.monitor,
-                     checkpoints.done)
+    log = MetricsLog(folder, total_steps, config.logging_steps, columns, monitors(config, "sft"),
+                     checkpoints.done, len(data.held_loader), config.eval_steps)
+
+    def evaluate(step):
+        """-> {"perplexity": per held-out token, "gold": mean mark of sampled answers, or None}."""
+        began = time.time()
+        numbers = {"perplexity": perplexity(engine, data.held_loader)}
+        check_finite("held-out rows", numbers)
+        if step == total_steps:
+            # Before the answers, because to sample them may need more memory than there is.
+            save_model(engine, tokenizer, folder)
+        numbers["gold"], answers = sample_answers(model.model, tokenizer, data.held_records, config)
+        log.evaluation(step, numbers, answers, time.time() - began)
+        return numbers
+
     for step, batches in training_steps(data.train_loader, total_steps, checkpoints.done):
         started = time.time()
         batches = [to_device(batch) for batch in batches]
@@ -148,20 +163,18 @@ def main(config):
         loss, tokens_read = all_sum(loss, tokens_read)
         log(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm,
                    "tokens_per_second": tokens_read / (time.time() - started)})
+        if log.evaluates_after(step):
+            evaluate(step)
         checkpoints.step_done(step)
 
     # -------------------------------------------------------------------------
-    # evaluation, the model, a sample
-    ppl = perplexity(engine, data.held_loader)
-    check_finite("held-out rows", {"perplexity": ppl})
-    save_model(engine, tokenizer, folder)
-    gold = sample_answers(model.model, tokenizer, data.held_records, config)
+    # evaluation, the model
+    held = evaluate(total_steps)
     seconds = checkpoints.seconds + time.time() - began
-    checkpoints.finish({"seconds": seconds, "perplexity": ppl, "gold": gold},
-                       config.model_name_or_path)
-    gold_text = f", gold {gold:.3f}" if gold is not None else ""
-    print0(f"\nstep 1 done in {seconds:.0f} s: held-out perplexity {ppl:.3f} per token{gold_text}; "
-           f"saved {folder}")
+    checkpoints.finish({"seconds": seconds, **held}, config.model_name_or_path)
+    gold_text = f", gold {held['gold']:.3f}" if held["gold"] is not None else ""
+    print0(f"step 1 done in {seconds:.0f} s: held-out perplexity {held['perplexity']:.3f} per "
+           f"token{gold_text}; saved {folder}")
 
 
 if __name__ == "__main__":

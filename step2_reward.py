@@ -48,9 +48,11 @@ from support.checkpoints import Checkpoints
 from support.dry_run import dry_run
 from support.flags import RunConfig, UsageError, flag
 from support.lora import WithoutAdapters
-from support.metrics import MetricsLog, Sums, check_finite, sample_answers
+from support.log import MetricsLog, monitors
+from support.metrics import Sums, check_finite, sample_answers
 from support.models import last_token, load_language_model, load_reward_model, save_model
 from support.processes import print0, run_stage, setup, to_device
+from support.terminal import watched
 
 
 @dataclass
@@ -130,7 +132,7 @@ def evaluate(score_pairs, dataloader):
     """
     # Scores, lengths and weights of this rank's pairs: five rows, one column a pair.
     parts = []
-    for batch in dataloader:
+    for batch in watched(dataloader, "held-out pairs"):
         batch = to_device(batch)
         chosen, rejected = score_pairs(batch)
         chosen_length, rejected_length = batch["loss_mask"].sum(1).chunk(2)
@@ -222,8 +224,26 @@ def main(config):
     columns = [("loss", "loss", "7.4f"), ("accuracy", "rewards/accuracies", "6.3f"),
                ("margin", "rewards/margins", "7.3f"), ("lr", "lr", ".2e"),
                ("tok/s", "tokens_per_second", "7.0f")]
-    log = MetricsLog(folder, total_steps, config.logging_steps, columns, engine.monitor,
-                     checkpoints.done)
+    log = MetricsLog(folder, total_steps, config.logging_steps, columns, monitors(config, section),
+                     checkpoints.done, len(data.held_loader), config.eval_steps)
+
+    def evaluate_and_log(step):
+        """-> evaluate's numbers; of a policy also gold, the mean mark of its answers, or None."""
+        began = time.time()
+        numbers = evaluate(lambda batch: score_pairs(engine, batch), data.held_loader)
+        if step == total_steps:
+            if not config.dpo:
+                model.config.score_mean = numbers["score_mean"]
+                model.config.score_std = numbers["score_std"]
+            # Before the answers, because to sample them may need more memory than there is.
+            save_model(engine, tokenizer, folder)
+        answers = []
+        if config.dpo:
+            numbers["gold"], answers = sample_answers(model.model, tokenizer, data.held_records,
+                                                      config)
+        log.evaluation(step, numbers, answers, time.time() - began)
+        return numbers
+
     pairs = world * config.per_device_train_batch_size * config.gradient_accumulation_steps
     for step, batches in training_steps(data.train_loader, total_steps, checkpoints.done):
         started = time.time()
@@ -249,26 +269,20 @@ def main(config):
                    "rewards/margins": (total["chosen"] - total["rejected"]) / pairs,
                    "lr": lr, "grad_norm": grad_norm,
                    "tokens_per_second": total["tokens"] / (time.time() - started)})
+        if log.evaluates_after(step):
+            evaluate_and_log(step)
         checkpoints.step_done(step)
 
     # -------------------------------------------------------------------------
     # evaluation, the model
-    held = evaluate(lambda batch: score_pairs(engine, batch), data.held_loader)
-    if config.dpo:
-        save_model(engine, tokenizer, folder)
-        held["gold"] = sample_answers(model.model, tokenizer, data.held_records, config)
-    else:
-        model.config.score_mean = held["score_mean"]
-        model.config.score_std = held["score_std"]
-        save_model(engine, tokenizer, folder)
+    held = evaluate_and_log(total_steps)
     seconds = checkpoints.seconds + time.time() - began
     checkpoints.finish({"seconds": seconds, **held}, config.model_name_or_path)
     gold_text = f", gold {held['gold']:.3f}" if held.get("gold") is not None else ""
-    held_pairs = data.held_count
-    print0(f"\nstep 2 done in {seconds:.0f} s: held-out accuracy {held['accuracy']:.3f} on "
-           f"{held_pairs} pairs, calibration error {held['calibration_error']:.3f}, correlation "
-           f"with length {held['length_correlation']:.2f}, scores {held['score_mean']:.2f} +- "
-           f"{held['score_std']:.2f}{gold_text}; saved {folder}")
+    print0(f"step 2 done in {seconds:.0f} s: held-out accuracy {held['accuracy']:.3f} on "
+           f"{data.held_count} pairs, calibration error {held['calibration_error']:.3f},\n"
+           f"correlation with length {held['length_correlation']:.2f}, scores "
+           f"{held['score_mean']:.2f} +- {held['score_std']:.2f}{gold_text}; saved {folder}")
 
 
 if __name__ == "__main__":

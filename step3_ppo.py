@@ -62,11 +62,13 @@ from support.doctor import RunDoctor
 from support.dry_run import dry_run
 from support.flags import RunConfig, UsageError, flag
 from support.lora import WithoutAdapters
-from support.metrics import MetricsLog, Sums
+from support.log import MetricsLog, monitors
+from support.metrics import Answer, Sums, has_ended
 from support.models import last_token, load_language_model, load_reward_model, save_model
 from support.preflight import preflight
 from support.processes import all_sum, raise_on_all_ranks, print0, run_stage, setup, to_device
 from support.reward_functions import load_reward_function
+from support.terminal import watched
 
 EMA_DECAY = 0.992  # Ouyang et al. 2022, appendix C
 
@@ -108,7 +110,6 @@ class Config(RunConfig):
     unsup_coef: float = flag(27.8, "weight of the ptx term's loss, nats per token", at_least=0)
     enable_ema: bool = flag(False, f"also save an average of the actor's weights ({EMA_DECAY})")
     # the run
-    eval_steps: int = flag(0, "steps between evaluations; 0: at the end only", at_least=0)
     skip_preflight: bool = flag(False, "no checks of models, data, sampler before the first update")
 
     @property
@@ -504,8 +505,7 @@ class DeepSpeedPPOTrainer:
         # 2. The scorers mark every answer.
         records = [record for record in prompt_batch.get("records", []) for _ in range(n)]
         scores_by_name, scores = self.score(rollout, attention_mask, records)
-        eos = torch.tensor(self.models.eos_token_ids, device=tokens.device)
-        ended = torch.isin(last_token(tokens, attention_mask), eos).float()
+        ended = has_ended(rollout, self.models.eos_token_ids).float()
         penalised = scores - args.missing_eos_penalty * (1 - ended)
 
         # 3. Actor and reference say how likely each token was, the critic what it expects.
@@ -856,12 +856,17 @@ class Evaluation:
     """
     numbers   over all ranks: score, kl (nats per response), gold and win_rate; the last two are
               None where nothing can be said
-    answered  pairs of record and answer, this rank's
-    grades    one an answer, this rank's: exact marks where the task has them, else scores
+    answers   support.metrics.Answer of each prompt of this rank
+    seconds   that it took
     """
     numbers: dict
-    answered: list
-    grades: list
+    answers: list
+    seconds: float
+
+    @property
+    def grades(self):
+        """One an answer: exact marks where the task has them, else scores."""
+        return [answer.score if answer.gold is None else answer.gold for answer in self.answers]
 
 
 @torch.no_grad()
@@ -874,39 +879,41 @@ def evaluate(trainer, dataloader, gold_mark, before=None):
     before     an earlier Evaluation, of the SFT model: win_rate is then the share of prompts whose
                answer has a higher grade now, a tie counting half
     """
+    began = time.time()
     models = trainer.models
-    answered = []
-    grades = []
-    sums = Sums()
-    for number, batch in enumerate(dataloader, 1):
+    found = []
+    for number, batch in enumerate(watched(dataloader, "answers to held-out prompts"), 1):
         rollout, attention_mask = trainer.respond(batch, 1, call=-number)
         logprobs, ref_logprobs, _ = trainer.actor_and_ref_logprobs(
             rollout.tokens, attention_mask, rollout.mask)
         _, scores = trainer.score(rollout, attention_mask, batch["records"])
-        answers = decode_answers(models.tokenizer, rollout)
+        texts = decode_answers(models.tokenizer, rollout)
+        ended = has_ended(rollout, models.eos_token_ids).tolist()
+        kl = (logprobs - ref_logprobs).sum(1).tolist()
+        scores = scores.tolist()
         # The rows that are repeated to fill up this rank's share have weight 0 and are left out.
-        weight = batch.get("weight", torch.ones(len(answers)))
-        counted = weight.nonzero().flatten().tolist()
-        scores = scores[counted]
-        kl = (logprobs - ref_logprobs)[counted].sum()
-        sums.add(score=float(scores.sum()), kl=float(kl))
-        new = [(batch["records"][row], answers[row]) for row in counted]
-        grades += [gold_mark(*pair) for pair in new] if gold_mark else scores.tolist()
-        answered += new
+        weight = batch.get("weight", torch.ones(len(texts)))
+        for row in weight.nonzero().flatten().tolist():
+            record = batch["records"][row]
+            gold = gold_mark(record, texts[row]) if gold_mark else None
+            found.append(Answer(record, texts[row], ended[row], scores[row], kl[row], gold))
 
     # The mean grade is the gold score where grades are exact marks.
-    sums.add(answers=len(grades), grades=sum(grades))
+    evaluation = Evaluation({}, found, time.time() - began)
+    sums = Sums()
+    sums.add(score=sum(answer.score for answer in found), kl=sum(answer.kl for answer in found),
+             answers=len(found), grades=sum(evaluation.grades))
     if before:
         wins = 0.0
-        for grade, grade_before in zip(grades, before.grades):
+        for grade, grade_before in zip(evaluation.grades, before.grades):
             wins += (grade > grade_before) + 0.5 * (grade == grade_before)
         sums.add(wins=wins)
     total = sums.over_ranks()
     count = total["answers"]
-    numbers = {"score": total["score"] / count, "kl": total["kl"] / count,
-               "gold": total["grades"] / count if gold_mark else None,
-               "win_rate": total["wins"] / count if before else None}
-    return Evaluation(numbers, answered, grades)
+    evaluation.numbers = {"score": total["score"] / count, "kl": total["kl"] / count,
+                          "gold": total["grades"] / count if gold_mark else None,
+                          "win_rate": total["wins"] / count if before else None}
+    return evaluation
 
 
 def mean_gold(gold_mark, records, answers):
@@ -953,8 +960,8 @@ def main(config):
     if not config.skip_preflight:
         # A short run is only warned of models that are hardly trained.
         preflight(trainer, data.train_loader, data.held_records, total_steps)
-    # The SFT model answers here, before a checkpoint is loaded, while the actor is the SFT model.
-    print0(f"the SFT model answers the {data.held_count} held-out prompts, to compare with")
+    # The SFT model answers the held-out prompts here, to compare with, before a checkpoint is
+    # loaded, while the actor is the SFT model.
     sft_eval = evaluate(trainer, data.held_loader, data.gold_mark)
     checkpoints.load({"actor": engine.actor, "critic": engine.critic}, total_steps, trainer)
 
@@ -963,10 +970,10 @@ def main(config):
     folder = checkpoints.folder
     columns = [("score", "objective/scores", "7.3f"), ("kl", "objective/kl", "7.3f"),
                ("entropy", "objective/entropy", "6.3f"), ("length", "response/length", "5.1f"),
-               ("ended", "response/ended", "5.3f"), ("clipped", "ppo/policy/clipfrac", "6.4f"),
-               ("explained", "ppo/val/var_explained", "6.3f")]
-    log = MetricsLog(folder, total_steps, config.logging_steps, columns, engine.actor.monitor,
-                     checkpoints.done)
+               ("ended", "response/ended", "5.3f")]
+    log = MetricsLog(folder, total_steps, config.logging_steps, columns, monitors(config, "ppo"),
+                     checkpoints.done, eval_steps=config.eval_steps)
+    log.evaluation(0, sft_eval.numbers, sft_eval.answers, sft_eval.seconds)
     doctor = RunDoctor(engine.actor.gradient_clipping())
     if checkpoints.done and rank == 0:
         # The doctor reads the steps before the resume, to speak of trends as if it had seen them.
@@ -982,19 +989,18 @@ def main(config):
         trainer.train_rlhf(experience, data.text_batches)
 
         # what is said about it
-        if config.eval_steps and step % config.eval_steps == 0:
-            held = evaluate(trainer, data.held_loader, data.gold_mark, sft_eval)
-            for name, value in held.numbers.items():
-                if value is not None:
-                    trainer.metrics[f"eval/{name}"] = value
         log(step, trainer.metrics)
         for sentence in doctor({"step": step, **trainer.metrics}):
             print0(f"doctor: {sentence}")
+        if log.evaluates_after(step):
+            held = evaluate(trainer, data.held_loader, data.gold_mark, sft_eval)
+            log.evaluation(step, held.numbers, held.answers, held.seconds)
         checkpoints.step_done(step)
 
     # -------------------------------------------------------------------------
     # evaluation, a sample, the models
     held = evaluate(trainer, data.held_loader, data.gold_mark, sft_eval)
+    log.evaluation(total_steps, held.numbers, held.answers, held.seconds)
     save_model(engine.actor, tokenizer, folder)
     if engine.critic:
         save_model(engine.critic, tokenizer, f"{config.output_dir}/critic")
@@ -1004,14 +1010,13 @@ def main(config):
     seconds = checkpoints.seconds + time.time() - began
     checkpoints.finish({"seconds": seconds, **held.numbers}, config.actor_model_name_or_path,
                        doctor=doctor.sentences)
-    log.answers(held.answered)
 
     now = held.numbers
     before = sft_eval.numbers
     gold_text = f", gold {before['gold']:.3f} -> {now['gold']:.3f}" if data.gold_mark else ""
     judge = "gold" if data.gold_mark else "score"
-    print0(f"\nstep 3 done in {seconds:.0f} s: held-out score {before['score']:.3f} -> "
-           f"{now['score']:.3f}, KL {now['kl']:.2f} nats per response{gold_text}; better than the "
+    print0(f"step 3 done in {seconds:.0f} s: held-out score {before['score']:.3f} -> "
+           f"{now['score']:.3f}, KL {now['kl']:.2f} nats per response{gold_text};\nbetter than the "
            f"SFT model's answer in {now['win_rate']:.0%} by {judge}; saved {folder}")
 
 

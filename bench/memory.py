@@ -6,7 +6,8 @@ generate, score, train, EMA, sample, save, resume; models of OPT-125M's and OPT-
     python bench/memory.py                     # all cases, some minutes each
     python bench/memory.py "125m, ZeRO 2, 2"   # one
 
-The cases of OPT-350M's shape need 20 GB of memory and 20 GB of disk (TMPDIR).
+The cases of OPT-350M's shape need 18 GB of memory and 20 GB of disk (TMPDIR). With two processes
+its reward model and critic are of OPT-125M's, because 24 GB are not enough for both.
 
 A case is three runs: two steps of PPO with checkpoints, one more after a --resume, and two steps of
 SFT for the sample at its end. Measured: the growth of a process's peak resident memory within a
@@ -35,7 +36,7 @@ P = 64
 R = 32
 ROWS = 4
 LORA = ["--lora_dim", "8", "--only_optimize_lora", "--gradient_checkpointing"]
-CASES = {  # name -> shape, DeepSpeed JSON, processes, flags
+CASES = {  # name -> shapes of actor (and critic), DeepSpeed JSON, processes, flags
     "125m, ZeRO 0, EMA": ("125m", "float32", 1, ["--enable_ema"]),
     "125m, ZeRO 2, 2": ("125m", "float32", 2, ["--zero_stage", "2"]),
     "125m, ZeRO 2, EMA, 2": ("125m", "float32", 2, ["--zero_stage", "2", "--enable_ema"]),
@@ -45,7 +46,7 @@ CASES = {  # name -> shape, DeepSpeed JSON, processes, flags
     "125m, ZeRO 3, LoRA, 2": ("125m", "float32", 2, ["--zero_stage", "3", *LORA]),
     "125m, bf16, ZeRO 0": ("125m", "bfloat16", 1, []),
     "350m, ZeRO 2": ("350m", "float32", 1, ["--zero_stage", "2"]),
-    "350m, ZeRO 3, 2": ("350m", "float32", 2, ["--zero_stage", "3"]),
+    "350m and 125m, ZeRO 3, 2": ("350m 125m", "float32", 2, ["--zero_stage", "3"]),
 }
 SHORT = {"bfloat16": (16, 8, 2)}  # P, R, ROWS where a CPU multiplies slowly
 
@@ -123,20 +124,22 @@ def child(stage, arguments):
 # -----------------------------------------------------------------------------
 # the runs of a case
 
-def make_inputs(folder, size, prompt_tokens):
+def make_inputs(folder, sizes, prompt_tokens):
     """Actor and reward model in float16, as OPT's on the hub are; prompts of so many tokens."""
     from transformers import OPTForCausalLM, OPTForSequenceClassification
 
     from data import encode_prompts, load_tokenizer
     from support.plan import opt_config
     tokenizer = load_tokenizer("tiny")
-    hf_config = opt_config(size)
-    if size == "none":
-        hf_config.vocab_size = len(tokenizer)
-    hf_config.num_labels = 1
-    hf_config.pad_token_id = tokenizer.pad_token_id
-    hf_config.eos_token_id = tokenizer.eos_token_id
-    for name, kind in (("actor", OPTForCausalLM), ("reward", OPTForSequenceClassification)):
+    sizes = sizes.split()
+    for name, kind, size in (("actor", OPTForCausalLM, sizes[0]),
+                             ("reward", OPTForSequenceClassification, sizes[-1])):
+        hf_config = opt_config(size)
+        if size == "none":
+            hf_config.vocab_size = len(tokenizer)
+        hf_config.num_labels = 1
+        hf_config.pad_token_id = tokenizer.pad_token_id
+        hf_config.eos_token_id = tokenizer.eos_token_id
         kind(hf_config).half().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 

@@ -51,6 +51,7 @@ from safetensors import SafetensorError, safe_open
 
 from support.flags import UsageError, first_line
 from support.metrics import STAGES, write_json, write_summary
+from support.model_card import write_model_cards
 from support.processes import (all_sum, compute_dtype, deepspeed_settings, on_rank0, print0,
                                raise_on_all_ranks, seed_everything)
 
@@ -63,8 +64,8 @@ from support.processes import (all_sum, compute_dtype, deepspeed_settings, on_ra
 MAY_CHANGE_ON_RESUME = {
     "output_dir", "deepspeed_config", "zero_stage", "per_device_train_batch_size",
     "gradient_accumulation_steps", "per_device_generation_batch_size", "inference_tp_size",
-    "logging_steps", "save_steps", "save_total_limit", "gradient_checkpointing", "resume",
-    "overwrite_output_dir", "skip_preflight", "device"}
+    "logging_steps", "eval_steps", "verbose", "save_steps", "save_total_limit",
+    "gradient_checkpointing", "resume", "overwrite_output_dir", "skip_preflight", "device"}
 
 # Flags that say how long a run is. A finished run with others of them is not the same run, but one
 # that goes on from a checkpoint may have them.
@@ -121,7 +122,8 @@ def checksum(path):
         # What `datasets` saved lies in folders below. Of other folders only the files are read.
         saved_by_datasets = (path / "dataset_dict.json").exists()
         files = sorted(path.rglob("*") if saved_by_datasets else path.iterdir())
-    written_by_a_run = ("metrics.jsonl", "run_config.json", "summary.json")
+    written_by_a_run = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "run_config.json",
+                        "summary.json", "README.md")
     crc = 0
     for file in files:
         name = str(file.relative_to(path)) if file != path else file.name
@@ -555,6 +557,7 @@ class Checkpoints:
         """
         if dist.get_rank() == 0:
             write_summary(self.config, self.section, values, model, **others)
+            write_model_cards(self.config, self.section, values, model)
             # The model is on the disk before the file by which --resume knows that it is done.
             os.sync()
             write_json(self.folder / "run_config.json", self.resolved)

@@ -258,8 +258,12 @@ def words_of(change):
 # -----------------------------------------------------------------------------
 # time and cost
 
-def planned_rows(plan):
-    """-> training rows of the run, and where that number is from."""
+def planned_rows(plan, count=None):
+    """
+    -> training rows of the run, and where that number is from.
+
+    count  the stage's rows, where they have been read
+    """
     config = plan.config
     if config.max_steps > 0:
         rows_a_step = plan.work.generated or (
@@ -267,7 +271,9 @@ def planned_rows(plan):
         return config.max_steps * plan.devices * rows_a_step, f"rows of {config.max_steps} steps"
     rows = ROWS_SAY
     source = "rows, say: the data are not here (--max_steps plans your run)"
-    if all(path == "toy" or Path(path.partition(":")[0]).exists() for path in config.data_path):
+    if count is not None:
+        rows, source = count, "rows of the data"
+    elif all(path == "toy" or Path(path.partition(":")[0]).exists() for path in config.data_path):
         rows = len(load_records(config, STAGE_NUMBERS[plan.stage], log=lambda sentence: None)[0])
         source = "rows of the data"
     # A prompt is answered several times in a rollout.
@@ -275,14 +281,14 @@ def planned_rows(plan):
     return rows * config.num_train_epochs * answers, source
 
 
-def planned_cost(plan):
-    """-> hours, dollars, and words on what they are of."""
+def planned_cost(plan, count=None):
+    """-> hours, dollars, and words on what they are of; count: see planned_rows."""
     config = plan.config
     work = plan.work
     epochs = config.ppo_epochs if plan.stage == "ppo" else 1
     flops = training_flops(plan.models, work.tokens, work.generated, work.checkpointing, epochs,
                            work.text)
-    rows, source = planned_rows(plan)
+    rows, source = planned_rows(plan, count)
     hours = epoch_hours(flops, rows, plan.devices, plan.device.tflops)
     dollars = hours * plan.devices * plan.device.price
     return hours, dollars, f"{rows:,} {source}; {flops / 1e12:.2f} TFLOP a row"

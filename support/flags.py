@@ -206,11 +206,14 @@ class RunConfig(DataConfig):
     num_train_epochs: int = flag(1, "passes over this stage's rows", at_least=1, at_most=10**9)
     max_steps: int = flag(-1, "steps, rows repeated as needed; -1: the epochs'", at_least=-1,
                           at_most=10**9)
-    logging_steps: int = flag(10, "steps between printed lines", at_least=1)
+    logging_steps: int = flag(0, "steps between the lines of a log file; 0: one every 90 s",
+                              at_least=0)
+    eval_steps: int = flag(0, "steps between evaluations; 0: at the end only", at_least=0)
     save_steps: int = flag(0, "steps between checkpoints; 0: one when told to stop", at_least=0)
     save_total_limit: int = flag(2, "checkpoints kept, the newest", at_least=1)
     resume: bool = flag(False, "go on from the newest complete checkpoint, if not finished")
     overwrite_output_dir: bool = flag(False, "replace an earlier run's finished models")
+    verbose: bool = flag(False, "DeepSpeed's and transformers' own messages too, and warnings")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass")
     lora_dim: int = flag(0, "rank of LoRA adapters; 0: train the weights", at_least=0)
     lora_alpha: float = flag(0.0, "adapters are scaled by alpha / dim; 0: alpha = 2 dim",

@@ -1,5 +1,5 @@
 """
-Metrics: what a run tells people. Its log, its summary, and what a trained model says.
+Metrics: the numbers of a run, their sums over ranks, its summary, and what a trained model says.
 """
 
 import dataclasses
@@ -7,8 +7,9 @@ import json
 import math
 import os
 import resource
+import shlex
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
@@ -20,71 +21,14 @@ from data import Collator, decode_answers, encode_prompts, rank_share
 from hybrid_engine import InferenceEngine
 from support.flags import UsageError
 from support.models import vocabulary_size
-from support.processes import all_sum, mean_over_ranks, print0, to_device
+from support.processes import all_sum, mean_over_ranks, to_device
+from support.terminal import watched
 from support.toy import load_gold_mark
+
+SAMPLES = 10  # prompts that are answered where answers cannot be marked
 
 # section of summary.json -> folder of the stage's model below --output_dir
 STAGES = {"sft": "sft", "reward": "reward", "dpo": "actor", "ppo": "actor"}
-
-
-class MetricsLog:
-    """
-    On rank 0: one JSON object a step in folder/metrics.jsonl; every --logging_steps a line of fixed
-    width, whose numbers are means over the steps since the line before; and DeepSpeed's monitor
-    (TensorBoard, W&B, CSV: sections of the DeepSpeed JSON) where one is switched on. A resumed run,
-    with `done` steps behind it, appends.
-    """
-
-    def __init__(self, folder, total_steps, every, columns, monitor=None, done=0):
-        """columns: (label, name of the metric, format) of the printed line."""
-        self.total_steps = total_steps
-        self.every = every
-        self.columns = columns
-        self.monitor = monitor
-        self.done = done
-        self.began = time.time()
-        self.unprinted = []
-        self.is_rank0 = dist.get_rank() == 0
-        if self.is_rank0:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.file = open(Path(folder) / "metrics.jsonl", "a" if done else "w", buffering=1)
-
-    def __call__(self, step, metrics):
-        """
-        step counts from 1; metrics are floats, over all ranks; None is left out.
-
-        raises UsageError, on all ranks, for one that is no finite number: the run has diverged
-        """
-        check_finite(f"step {step}", metrics)
-        if not self.is_rank0:
-            return
-        metrics = {name: value for name, value in metrics.items() if value is not None}
-        metrics = {"step": step, **metrics, "memory_gb": memory_gb()}
-        self.file.write(json.dumps(metrics, allow_nan=False) + "\n")
-        if self.monitor is not None and self.monitor.enabled:
-            events = [(name, value, step) for name, value in metrics.items() if name != "step"]
-            self.monitor.write_events(events)
-        self.unprinted.append(metrics)
-        if step % self.every == 0 or step in (self.done + 1, self.total_steps):
-            self._print_line(step)
-
-    def _print_line(self, step):
-        last = self.unprinted[-1]
-        means = []
-        for label, name, form in self.columns:
-            if name in last:
-                values = [metrics[name] for metrics in self.unprinted if name in metrics]
-                mean = sum(values) / len(values)
-                means.append(f"{label} {mean:>{form}}")
-        self.unprinted = []
-        seconds_a_step = (time.time() - self.began) / (step - self.done)
-        left = seconds_a_step * (self.total_steps - step)
-        print0(f"step {step:>5}/{self.total_steps}  {'  '.join(means)}  "
-               f"{1 / seconds_a_step:5.2f} steps/s  {left:4.0f} s left")
-
-    def answers(self, answered):
-        """Prints three of the pairs of record and answer."""
-        print_answers(answered)
 
 
 def check_finite(when, numbers):
@@ -158,25 +102,57 @@ def write_summary(config, section, values, model, **others):
     summary.update(seconds=round(seconds, 1), model=summary.get("model", model),
                    hardware=Path(hardware).stem, seed=config.seed, versions=versions)
     summary.setdefault("config", {})[section] = dataclasses.asdict(config)
+    summary.setdefault("commands", {})[section] = shlex.join(command_words())
+    if "RUN_COMMAND" in os.environ:
+        summary["command"] = os.environ["RUN_COMMAND"]  # of run_all.sh
     write_json(path, summary)
+
+
+def command_words():
+    """The command by which this process was started, without its launcher."""
+    flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
+    return ["python", Path(sys.argv[0]).name, *flags]
 
 
 # -----------------------------------------------------------------------------
 # what a trained model says
 
+@dataclass
+class Answer:
+    """A held-out prompt and what a model answered."""
+    record: object        # a data.Preference
+    text: str
+    ended: bool           # with EOS, before the most tokens were reached
+    score: float = None   # the reward's
+    kl: float = None      # nats, of the whole answer, to the reference
+    gold: float = None    # the exact mark, where the task has one
+
+    def as_dict(self):
+        """What a line of samples.jsonl holds."""
+        numbers = {name: getattr(self, name) for name in ("score", "kl", "gold")}
+        known = {name: value for name, value in numbers.items() if value is not None}
+        return {"prompt": self.record.prompt, "answer": self.text, "ended": self.ended, **known}
+
+    def __str__(self):
+        """One line of under 100 columns: the end of the question, the start of the answer."""
+        question = " ".join(self.record.prompt[-1]["content"].split())[-42:]
+        answer = " ".join(self.text.split())[:42]
+        return f"  for example: {question} -> {answer}"
+
+
 def sample_answers(model, tokenizer, records, config, batch_size=64):
     """
-    Has a language model answer held-out prompts, and prints three of the answers. A task whose
-    answers can be marked exactly has all of them answered, another one three.
+    Has a language model answer held-out prompts. A task whose answers can be marked exactly has all
+    of them answered, another one ten.
 
     model    a Hugging Face causal LM
-    returns  mean over all ranks of the exact marks, or None. Collective
+    returns  mean over all ranks of the exact marks, or None; Answers of this rank. Collective
     Prompts over --max_prompt_seq_len are left out.
     """
     rank = dist.get_rank()
     gold_mark = load_gold_mark(config)
     if not gold_mark:
-        records = records[:3]
+        records = records[:SAMPLES]
 
     # This rank's share of the prompts that are short enough.
     ids = encode_prompts(tokenizer, [record.prompt for record in records])[1]
@@ -186,21 +162,31 @@ def sample_answers(model, tokenizer, records, config, batch_size=64):
 
     engine = InferenceEngine(model, decoder_ranks(model), vocabulary=vocabulary_size(tokenizer))
     collate = Collator(3, tokenizer.pad_token_id)
-    answered = []
-    for start in range(0, len(items), batch_size):
-        batch = to_device(collate(items[start:start + batch_size]))
+    answers = []
+    parts = [items[start:start + batch_size] for start in range(0, len(items), batch_size)]
+    for part in watched(parts, "answers to held-out prompts"):
+        batch = to_device(collate(part))
         rollout = engine.generate(
             batch["input_ids"], batch["attention_mask"], config.max_answer_seq_len,
             seed=config.seed + rank, eos_token_id=model.generation_config.eos_token_id,
             pad_token_id=tokenizer.pad_token_id)
-        answers = decode_answers(tokenizer, rollout)
-        for record, answer, weight in zip(batch["records"], answers, batch["weight"]):
+        texts = decode_answers(tokenizer, rollout)
+        ended = has_ended(rollout, model.generation_config.eos_token_id).tolist()
+        for record, text, end, weight in zip(batch["records"], texts, ended, batch["weight"]):
             if weight:  # 0 for a row that is repeated to fill up this rank's share
-                answered.append((record, answer))
-    print_answers(answered)
+                gold = gold_mark(record, text) if gold_mark else None
+                answers.append(Answer(record, text, end, gold=gold))
     if not gold_mark:
-        return None
-    return mean_over_ranks([gold_mark(record, answer) for record, answer in answered])
+        return None, answers
+    return mean_over_ranks([answer.gold for answer in answers]), answers
+
+
+def has_ended(rollout, eos_token_ids):
+    """Rollout -> (B,) bool: which answers end with EOS (an id or several), before their limit."""
+    R = rollout.mask.size(1)
+    last = (rollout.mask.sum(1, keepdim=True) - 1).clamp(min=0).long()
+    last_ids = rollout.tokens[:, -R:].gather(1, last).squeeze(1)
+    return torch.isin(last_ids, torch.tensor(eos_token_ids, device=last_ids.device))
 
 
 def decoder_ranks(model):
@@ -224,10 +210,3 @@ def ranks_of_a_decoder(on_this_host, world, heads, kv_heads):
     if kv_heads % count and count % kv_heads:
         count = math.gcd(count, kv_heads)
     return count
-
-
-def print_answers(answered):
-    """answered: pairs of record and answer; the first three are printed."""
-    for record, answer in answered[:3]:
-        question = record.prompt[-1]["content"][-300:]
-        print0(f"\n  {question}\n  -> {answer}")

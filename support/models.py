@@ -6,6 +6,7 @@ them.
     RewardModel     (input_ids, attention_mask) -> one value a position
 """
 
+import functools
 import inspect
 import math
 import os
@@ -157,6 +158,12 @@ def parameter_count(model):
 # -----------------------------------------------------------------------------
 # in
 
+@functools.cache
+def say_once(line):
+    """Prints a line, because PPO loads the same folder twice."""
+    print0(line)
+
+
 def load_language_model(name_or_path, tokenizer, ds_config, tokens, lora_config=None):
     """
     -> LanguageModel. See load_model.
@@ -166,7 +173,7 @@ def load_language_model(name_or_path, tokenizer, ds_config, tokens, lora_config=
     model = load_model(name_or_path, tokenizer, ds_config, tokens)
     if lora_config is not None:
         model = add_lora(model, lora_config)
-    print0(f"{name_or_path}: language model, {parameter_count(model) / 1e6:.1f}M parameters")
+    say_once(f"{name_or_path}: language model, {parameter_count(model) / 1e6:.1f}M parameters")
     return LanguageModel(model, vocabulary_size(tokenizer))
 
 
@@ -183,7 +190,7 @@ def load_reward_model(name_or_path, tokenizer, ds_config, tokens, allow_new_head
                        allow_new_head=allow_new_head)
     if lora_config is not None:
         model = add_lora(model, lora_config)
-    print0(f"{name_or_path}: reward model, {parameter_count(model) / 1e6:.1f}M parameters")
+    say_once(f"{name_or_path}: reward model, {parameter_count(model) / 1e6:.1f}M parameters")
     return RewardModel(model, normalise)
 
 

@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +34,7 @@ from torch.utils import cpp_extension
 
 from support.flags import (UsageError, default_model_paths, exit_on_usage_error, first_line,
                            parse_config)
+from support.terminal import clear_live
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -92,13 +94,16 @@ def setup(config):
     ds_config = deepspeed_settings(config)
     first_call = not dist.is_initialized()
     if first_call:
-        start_processes()
+        start_processes(config.verbose)
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     world = dist.get_world_size()
     rows = config.per_device_train_batch_size
     parts = config.gradient_accumulation_steps
     ds_config["train_batch_size"] = rows * parts * world
+    # support.log.monitors writes to them, once for all engines and under the project's own names.
+    for name in MONITORS:
+        ds_config.pop(name, None)
     if first_call:
         seed_everything(config.seed)
         dtype = str(compute_dtype(ds_config)).removeprefix("torch.")
@@ -110,11 +115,17 @@ def setup(config):
     return ds_config
 
 
-def start_processes():
-    """Joins the launcher's process group, or makes one of a single process."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+def start_processes(verbose=False):
+    """
+    Joins the launcher's process group, or makes one of a single process.
+
+    verbose  libraries say what they like, and else errors alone
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO if verbose else logging.ERROR)
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
 
     # Without a launcher this process is rank 0 of 1.
     if "RANK" not in os.environ:
@@ -253,6 +264,7 @@ progressive_layer_drop scheduler sparse_attention sparse_gradients steps_per_pri
 torch_autocast train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb
 zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """.split()
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 MONITOR_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
 
@@ -348,6 +360,7 @@ def print0(*args, sep=" "):
     """Prints on rank 0. A log that cannot be written to (full disk, closed pipe) ends no run."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         with suppress(OSError):
+            clear_live()
             print(*args, sep=sep, flush=True)
 
 

@@ -3,7 +3,10 @@ What run_all.sh needs Python for:
 
     python -m support.run_all check 1gpu step1_sft FLAGS -- step2_reward FLAGS -- step3_ppo FLAGS
     python -m support.run_all plan 1gpu step1_sft FLAGS -- step2_reward FLAGS -- step3_ppo FLAGS
-    python -m support.run_all table output/summary.json
+    python -m support.run_all table output/summary.json 280 170 150 615
+
+`check` prints the planned work of each stage, in hours of a device, and says the rest on standard
+error; `table` gets the seconds of the three stages by the clock, and those of the whole run.
 """
 
 import dataclasses
@@ -19,8 +22,10 @@ from deepspeed.accelerator import get_accelerator
 
 from data import load_records, load_tokenizer, rows_of_step
 from support.checkpoints import refuse_to_overwrite
-from support.dry_run import GB, host_memory, plan_stage, print_cost, print_plan, verdict
+from support.dry_run import (GB, host_memory, plan_stage, planned_cost, print_cost, print_plan,
+                             verdict)
 from support.flags import UsageError, exit_on_usage_error, parse_config
+from support.metrics import write_json
 from support.models import check_positions, read_config
 from support.plan import planned_models
 from support.processes import deepspeed_settings
@@ -68,6 +73,7 @@ def check(hardware, words):
         check_hardware(hardware)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     stages = []
+    rows = []
     base = ""
     for number, (name, config, section) in enumerate(stages_of(words), 1):
         stages.append((name, config, section))
@@ -79,23 +85,30 @@ def check(hardware, words):
             check_models(config, base)
             train, _ = load_records(config, number, log=lambda sentence: None)
             rows_of_step(len(train), config, number, processes)
+            rows.append(len(train))
             if number == 3:
                 check_text_and_sharing(config, hardware)
     sys.argv[0] = "run_all.sh"
     with exit_on_usage_error():
-        check_memory(hardware, stages)
+        print(*check_memory(hardware, stages, rows))
 
 
-def check_memory(hardware, stages):
-    """Raises UsageError where the plan of a stage does not fit this machine."""
+def check_memory(hardware, stages, rows):
+    """
+    -> the planned work of each stage, in hours of a device; nothing where a stage has no plan.
+    Raises UsageError where the plan of a stage does not fit this machine.
+
+    rows  training rows of each
+    """
     cpu = get_accelerator().device_name() == "cpu"
     devices = 1 if cpu and hardware == "1node" else devices_of(hardware)
     peaks = []
-    for name, config, section in with_models_of_the_start(stages):
+    hours = []
+    for (name, config, section), count in zip(with_models_of_the_start(stages), rows):
         try:
             models = planned_models(config, section)
         except UsageError as error:  # a mixture of experts
-            print(f"run_all.sh: no memory plan of {name} ({error})")
+            print(f"run_all.sh: no memory plan of {name} ({error})", file=sys.stderr)
             continue
         plan = plan_stage(config, section, devices, cpu, models)
         way_out = (f"To run it all the same, start the stages by themselves (deepspeed {name}.py"
@@ -106,9 +119,11 @@ def check_memory(hardware, stages):
             raise UsageError(f"{name} does not fit: {plan.host / GB:.1f} GB of this host's memory "
                              f"are needed, and it has {host_memory():.1f}. {way_out}")
         peaks.append(f"{name} {plan.peak / GB:.1f}")
+        hours.append(planned_cost(plan, count)[0])
     if peaks:
         print(f"run_all.sh: memory plan: {', '.join(peaks)} of the {plan.device.memory:.1f} GB of "
-              f"{plan.device.name}")
+              f"{plan.device.name}", file=sys.stderr)
+    return hours if len(hours) == len(stages) else []
 
 
 def plan_all(hardware, words):
@@ -202,18 +217,26 @@ def check_text_and_sharing(config, hardware):
             read_source(source)
 
 
-def table(path):
-    """The headline numbers of a run."""
-    with open(path) as file:
-        summary = json.load(file)
+def table(path, clock):
+    """
+    Prints the headline numbers of a run, and keeps the seconds by the clock in its summary.
+
+    clock  seconds of each stage, launching and importing with it, and of the whole run
+    """
+    summary = json.loads(Path(path).read_text())
+    summary["clock"] = dict(zip([*SECTIONS, "run"], clock))
+    write_json(path, summary)
     about = f"{summary['model']} on {summary['hardware']}, seed {summary['seed']}"
     print(f"\n{'stage':<8}{'seconds':>9}   held-out result        ({about})")
-    shown = {"sft": ("perplexity", "gold"), "reward": ("accuracy",), "ppo": ("score", "kl", "gold")}
-    for stage, names in shown.items():
-        results = [f"{name} {summary[stage][name]:.3f}" for name in names if name in summary[stage]]
-        print(f"{stage:<8}{summary[stage]['seconds']:>9.0f}   {'   '.join(results)}")
-    print(f"{'all':<8}{summary['seconds']:>9.0f}   (in the stages; launching and importing come on "
-          "top)")
+    shown = {"sft": ("perplexity", "gold"), "reward": ("accuracy",), "dpo": ("accuracy", "gold"),
+             "ppo": ("score", "kl", "gold")}
+    for section, names in shown.items():
+        if section not in summary:
+            continue
+        numbers = summary[section]
+        results = [f"{name} {numbers[name]:.3f}" for name in names if name in numbers]
+        print(f"{section:<8}{numbers['seconds']:>9.0f}   {'   '.join(results)}")
+    print(f"{'all':<8}{clock[-1]:>9.0f}   by the clock, with checks, launching and importing")
 
 
 if __name__ == "__main__":
@@ -222,4 +245,4 @@ if __name__ == "__main__":
     elif sys.argv[1] == "plan":
         plan_all(sys.argv[2], sys.argv[3:])
     else:
-        table(sys.argv[2])
+        table(sys.argv[2], [int(word) for word in sys.argv[3:]])

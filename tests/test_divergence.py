@@ -17,7 +17,8 @@ import step2_reward
 import step3_ppo
 from hybrid_engine import train_engine, train_step
 from support.flags import UsageError
-from support.metrics import MetricsLog, check_finite
+from support.log import MetricsLog
+from support.metrics import check_finite
 from support.models import LanguageModel
 from support.processes import deepspeed_settings, setup
 from ranks import run_ranks

@@ -115,7 +115,7 @@ CASES = {  # name: (command line, what the sentence must name)
                               ["--lora_rank; here that is --lora_dim", "--max_seq_len"]),
     "ZeRO stage 7": ("step1_sft.py --zero_stage 7", ["--zero_stage 7", "0, 1, 2"]),
     "batch of 0": ("step1_sft.py --per_device_train_batch_size 0", ["--per_device_train_batch_size 0", "at least 1"]),
-    "log every 0 steps": ("step1_sft.py --logging_steps 0", ["--logging_steps 0", "at least 1"]),
+    "log every -1 steps": ("step1_sft.py --logging_steps -1", ["--logging_steps -1", "at least 0"]),
     "unknown schedule": ("step1_sft.py --data_path answers.jsonl SMALL --lr_scheduler_type zigzag",
                          ["--lr_scheduler_type", "zigzag", "cosine"]),
     "a schedule with settings of its own": ("step1_sft.py --lr_scheduler_type warmup_stable_decay",

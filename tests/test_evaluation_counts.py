@@ -71,7 +71,7 @@ def evaluate(rank, ranks, folder):
         policy = load_model(f"{folder}/actor", tokenizer, settings, 96)
         found[f"{count} perplexity, its log"] = math.log(step1_sft.perplexity(LanguageModel(policy), data.held_loader))
         with mock.patch.object(metrics, "load_gold_mark", lambda config: mark):
-            gold = metrics.sample_answers(policy, tokenizer, data.held_records, config, batch_size=2)
+            gold, _ = metrics.sample_answers(policy, tokenizer, data.held_records, config, batch_size=2)
         found[f"{count} gold of sample_answers"] = gold
 
         # Step 2.

@@ -22,7 +22,7 @@ import step3_ppo
 from conftest import clean_environment
 from data import load_tokenizer
 from ranks import run_ranks
-from support import checkpoints, metrics, processes
+from support import checkpoints, log as log_module, processes
 from support.flags import UsageError
 from support.toy import toy_rows
 from test_ppo import small_models
@@ -99,14 +99,14 @@ def assert_same(one, other):
 
 def stop_at(monkeypatch, step, how):
     """`how()` runs in the middle of this step, once its metrics are logged."""
-    log = metrics.MetricsLog.__call__
+    log = log_module.MetricsLog.__call__
 
     def logged(self, now, values):
         log(self, now, values)
         if now == step:
             how()
 
-    monkeypatch.setattr(metrics.MetricsLog, "__call__", logged)
+    monkeypatch.setattr(log_module.MetricsLog, "__call__", logged)
 
 
 LORA = dict(lora_dim=2, only_optimize_lora=True)

@@ -12,6 +12,7 @@ import torch
 
 from data import Collator, encode_records, load_tokenizer, to_records
 from support.flags import UsageError
+from support.metrics import Answer
 from support.models import last_token
 from support.processes import raise_on_all_ranks
 from step3_ppo import Config, DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, Evaluation, evaluate
@@ -170,10 +171,15 @@ def test_evaluation_reports_the_reward_that_was_trained(make_trainer):
     before = dict(trainer.metrics)
     found = evaluate(trainer, [prompts(), prompts()], None)
     held = found.numbers
-    assert held["score"] == 1 and len(found.answered) == 8
+    assert held["score"] == 1 and len(found.answers) == 8
     assert trainer.metrics == before and trainer.iterations == 0
     assert held["kl"] == pytest.approx(0, abs=1e-4)
     assert held["gold"] is held["win_rate"] is None and found.grades == 8 * [1]
+
+
+def evaluation_of(grades):
+    answers = [Answer(None, "", True, score=99.0, gold=grade) for grade in grades]
+    return Evaluation({}, answers, 0.0)
 
 
 def test_win_rate_by_hand(make_trainer):
@@ -181,16 +187,16 @@ def test_win_rate_by_hand(make_trainer):
     Marks by the task's scorer where there is one, else by the reward: better, worse and tied against a given evaluation before.
     """
     trainer = make_trainer("ones")
-    before = Evaluation({}, [], [0.5, 1.0, 1.0, 2.0])
+    before = evaluation_of([0.5, 1.0, 1.0, 2.0])
     found = evaluate(trainer, [prompts()], None, before)
     assert found.numbers["win_rate"] == (1 + 0.5 + 0.5) / 4
-    before = Evaluation({}, [], [0.0, 1.0, 5.0, 5.0])
+    before = evaluation_of([0.0, 1.0, 5.0, 5.0])
     marked = evaluate(trainer, [prompts()], lambda record, answer: float(record.chosen), before)
     assert marked.grades == [0, 2, 4, 6]
     assert marked.numbers["gold"] == 3 and marked.numbers["score"] == 1
     assert marked.numbers["win_rate"] == (0.5 + 1 + 0 + 1) / 4
     # the same noise at every call
-    assert [a for _, a in found.answered] == [a for _, a in marked.answered]
+    assert [a.text for a in found.answers] == [a.text for a in marked.answers]
 
 
 def test_where_the_critic_starts(make_trainer, place, tmp_path, monkeypatch, capsys):

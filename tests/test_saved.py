@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 import step1_sft
 import step2_reward
 from conftest import ROOT, clean_environment
-from support import checkpoints, metrics, models, processes, run_all
+from support import checkpoints, log, models, processes, run_all
 from support.flags import UsageError, exit_on_usage_error
 from test_resume import assert_same, checkpoints_of, cut, inputs, result, stop_at, train
 
@@ -376,7 +376,7 @@ def test_two_runs_do_not_share_a_folder(folder, process_group, monkeypatch, caps
                 held.append(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics.MetricsLog, "__call__", look)
+        patch.setattr(log.MetricsLog, "__call__", look)
         train(step1_sft, folder, "shared", max_steps=1)
     assert held == [1]
     with open(shared / ".sft.lock") as other:

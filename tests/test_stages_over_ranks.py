@@ -212,7 +212,7 @@ def test_two_ranks_train_as_one_does(tmp_path, process_group):
                 found = json.loads((two / "summary.json").read_text())[section]
                 assert found == pytest.approx({**same, "seconds": found["seconds"]}, rel=1e-3,
                                               abs=1e-3), (kind, section)
-        assert (kind == "opt") == ({"ppo/loss/ptx", "eval/kl", "eval/win_rate"} <= metrics(one / "actor")[0].keys())
+        assert (kind == "opt") == ("ppo/loss/ptx" in metrics(one / "actor")[0])
         for name in ("sft", "reward", "dpo/actor", "actor", "critic") + ("actor_ema",) * (kind == "opt"):
             weights = [load_file(folder / name / "model.safetensors") for folder in (one, two)]
             torch.testing.assert_close(weights[1], weights[0], atol=1e-4, rtol=0)

@@ -26,7 +26,8 @@ from step3_ppo import (DeepSpeedPPOTrainer, DeepSpeedRLHFEngine, Evaluation, Exp
                        mean_gold)
 from support import metrics, models
 from support.lora import LoRALinear, add_lora
-from support.metrics import MetricsLog, sample_answers, write_summary
+from support.log import MetricsLog
+from support.metrics import Answer, sample_answers, write_summary
 from support.models import LanguageModel, save_model
 from support.processes import setup
 from support.toy import toy_rows
@@ -424,7 +425,8 @@ def check_evaluation(trainer, own_rows, counted_rows, all_counted_rows):
     def mark_before(row):
         return 10 * MARKS[row] if row % 4 == 0 else 3.0
 
-    before = Evaluation({}, [], [mark_before(row) for row in counted_rows])
+    answers_before = [Answer(None, "", True, gold=mark_before(row)) for row in counted_rows]
+    before = Evaluation({}, answers_before, 0.0)
     held = [prompts(*rows, weight=weights(rows)) for rows in (own_rows[:2], own_rows[2:])]
     found = evaluate(trainer, held, lambda record, answer: 10 * record, before)
     wins = [0.5 if row % 4 == 0 else float(10 * MARKS[row] > 3) for row in all_counted_rows]
@@ -435,7 +437,11 @@ def check_evaluation(trainer, own_rows, counted_rows, all_counted_rows):
         "gold": sum(10 * MARKS[row] for row in all_counted_rows) / count,
         "win_rate": sum(wins) / count}, rel=1e-5)
     assert found.grades == [10 * MARKS[row] for row in counted_rows]
-    assert [record for record, _ in found.answered] == [MARKS[row] for row in counted_rows]
+    assert [answer.record for answer in found.answers] == [MARKS[row] for row in counted_rows]
+    assert [answer.score for answer in found.answers] == pytest.approx(
+        [score(row) for row in counted_rows], abs=1e-5)
+    assert [answer.kl for answer in found.answers] == pytest.approx(
+        [log_ratios(row).sum().item() for row in counted_rows], abs=1e-5)
     # Without a scorer the grades are the scores.
     by_score = evaluate(trainer, held, None)
     assert by_score.grades == pytest.approx([score(row) for row in counted_rows], abs=1e-5)
@@ -651,8 +657,8 @@ def test_a_resumed_run_reads_the_text_of_the_whole_one(model_folders, rows_file,
             per_device_train_batch_size=2, ppo_epochs=2, actor_learning_rate=0.0,
             critic_learning_rate=1e-3, lr_scheduler_type="constant", **flags))
 
-    def lines(name):
-        text = (tmp_path / name / "actor/metrics.jsonl").read_text()
+    def lines(name, file="metrics.jsonl"):
+        text = (tmp_path / name / "actor" / file).read_text()
         return [json.loads(line) for line in text.splitlines()]
 
     run("whole")
@@ -671,8 +677,13 @@ def test_a_resumed_run_reads_the_text_of_the_whole_one(model_folders, rows_file,
     resumed = [line["ppo/loss/ptx"] for line in lines("stopped")]
     assert resumed[-2:] == pytest.approx(whole[-2:], rel=1e-6)
     assert len({round(loss, 4) for loss in whole}) == 4
-    # --eval_steps 3 evaluates after step 3 alone.
-    assert [line["step"] for line in lines("whole") if "eval/score" in line] == [3]
+    # The SFT model is evaluated, --eval_steps 3 does it after step 3, and the end is one.
+    evaluations = lines("whole", "evaluations.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 3, 4]
+    resumed = lines("stopped", "evaluations.jsonl")
+    assert [line["step"] for line in resumed] == [0, 3, 4]
+    assert [line["eval/kl"] for line in resumed] == [line["eval/kl"] for line in evaluations]
+    assert lines("stopped", "samples.jsonl") == lines("whole", "samples.jsonl")
 
 
 # -----------------------------------------------------------------------------
@@ -726,7 +737,7 @@ def check_samples(rank, ranks, tokenizer, patch):
                for place in (1.0, 2.0, 4.0, 8.0, 16.0)]
     model = types.SimpleNamespace(parameters=list,
                                   generation_config=types.SimpleNamespace(eos_token_id=EOS_IDS))
-    assert sample_answers(model, tokenizer, records, SFTConfig(seed=77)) == 31 / 5
+    assert sample_answers(model, tokenizer, records, SFTConfig(seed=77))[0] == 31 / 5
     [[options]] = [engine.calls for engine in engines]
     assert options["eos_token_id"] == EOS_IDS
     seeds = [None] * ranks
