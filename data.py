@@ -1090,7 +1090,10 @@ def load_stage_data(config, stage, tokenizer, rank, world, done=0, log=print):
         held_set = sorted(held_set, key=longest_sequence)
     train_loader = make_dataloader(train_set, collate_step, rows, config.seed, rank, world,
                                    **by_length)
-    held_loader = DataLoader(rank_share(held_set, rank, world), held_rows, collate_fn=collate)
+    # A generator of its own, because a DataLoader draws a number whenever it is iterated, and
+    # training must not depend on how often it is evaluated.
+    held_loader = DataLoader(rank_share(held_set, rank, world), held_rows, collate_fn=collate,
+                             generator=torch.Generator())
     total_steps = count_steps(train_loader, config.num_train_epochs, config.max_steps)
     steps = "rollouts" if stage == 3 else "optimizer steps"
     log(f"data: {total_steps} {steps} of {rows} rows a process, {len(train_loader)} an epoch; "

@@ -3,6 +3,7 @@ What a run needs that is not RLHF. Skip it on a first reading, and come back for
 
 ground floor, which data.py and hybrid_engine.py stand on
     flags             the flags that all stages share, their ranges, UsageError
+    terminal          the live line
     processes         start and end of a run, DeepSpeed's settings, collectives
     lora, models      adapters; Hugging Face folders in and out
     sources           --data_path -> rows: files, folders, hub names
@@ -10,7 +11,9 @@ ground floor, which data.py and hybrid_engine.py stand on
     cache             rows are prepared once a host
     toy               the built-in task and its exact marks
 upper floor, which stands on data.py and hybrid_engine.py
-    metrics           the log, the summary, sampled answers
+    metrics           numbers over ranks, the summary, sampled answers
+    log               metrics, evaluations and samples in files, on the terminal, in monitors
+    model_card        README.md of a saved model
     checkpoints       --save_steps and --resume
     reward_functions  --reward_fn file.py:function
     preflight         what PPO checks before its first update

@@ -9,6 +9,8 @@ files of token ids, which `datasets` maps, and about.pickle, with what was said 
 they were made. It can be deleted at any time.
 """
 
+import ctypes
+import gc
 import hashlib
 import os
 import pickle
@@ -16,6 +18,7 @@ import shutil
 import socket
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -203,7 +206,12 @@ def prepare_once(find_key, build, log):
                 prepared = build(log_and_keep)
                 prepared.lines = lines
                 write_prepared(prepared, folder)
+                # What the rows leave in glibc's heap goes back to the system, because it would
+                # otherwise stay resident for the whole run.
                 del prepared
+                gc.collect()
+                with suppress(OSError, AttributeError):  # another C library
+                    ctypes.CDLL("libc.so.6").malloc_trim(0)
     folders = [None] * dist.get_world_size()
     dist.all_gather_object(folders, folder)
     with raise_on_all_ranks():

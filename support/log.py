@@ -187,7 +187,8 @@ class MetricsLog:
             an_evaluation = self.steps_an_evaluation * seconds_a_step
         evaluations = 1
         if self.eval_steps:
-            evaluations += (self.total_steps - 1) // self.eval_steps - step // self.eval_steps
+            due = (self.total_steps - 1) // self.eval_steps - step // self.eval_steps
+            evaluations += max(0, due)
         return (self.total_steps - step) * seconds_a_step + evaluations * an_evaluation
 
 

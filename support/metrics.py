@@ -135,8 +135,8 @@ class Answer:
 
     def __str__(self):
         """One line of under 100 columns: the end of the question, the start of the answer."""
-        question = " ".join(self.record.prompt[-1]["content"].split())[-42:]
-        answer = " ".join(self.text.split())[:42]
+        question = " ".join(self.record.prompt[-1]["content"].split())[-40:]
+        answer = " ".join(self.text.split())[:40]
         return f"  for example: {question} -> {answer}"
 
 

@@ -94,5 +94,5 @@ OTHER_NAMES = {
     "--eval_strategy": "--eval_steps",                                       # H
     "--evaluation_strategy": "--eval_steps",                                 # H
     "--enable_hybrid_engine": "nothing: it is always on",                    # D
-    "--print_answers": "nothing: three answers are printed at the end",      # D
+    "--print_answers": "nothing: answers are printed, and kept in samples.jsonl",  # D
 }

@@ -10,7 +10,6 @@ import errno
 import importlib.util
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -30,6 +29,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.logging import set_log_level_from_string
 from torch.utils import cpp_extension
 
 from support.flags import (UsageError, default_model_paths, exit_on_usage_error, first_line,
@@ -121,7 +121,7 @@ def start_processes(verbose=False):
 
     verbose  libraries say what they like, and else errors alone
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.INFO if verbose else logging.ERROR)
+    set_log_level_from_string("info" if verbose else "error")
     if not verbose:
         warnings.filterwarnings("ignore")
         transformers.utils.logging.set_verbosity_error()

@@ -60,6 +60,6 @@ def watched(batches, text):
     """Yields the batches, of a known number, and says on the live line how far that is."""
     count = len(batches)
     for number, batch in enumerate(batches, 1):
-        show_live(f"{text}: batch {number} of {count}")
+        show_live(f"{text}: batch {number} of {count}", force=number == 1)
         yield batch
     clear_live()

@@ -72,13 +72,14 @@ def train(stage, *arguments, **flags):
 
 
 def result(folder):
-    """All that a run leaves but its times: weights by file and name, metrics, summary."""
+    """All that a run leaves but its times: weights by file and name, the logs, summary."""
     weights = {}
     for file in folder.glob("*/model.safetensors"):
         for name, tensor in load_file(file).items():
             weights[file.parent.name, name] = tensor
     timeless = []
-    for file in sorted(folder.glob("*/metrics.jsonl")):
+    logs = ("metrics", "evaluations", "samples")
+    for file in sorted(file for name in logs for file in folder.glob(f"*/{name}.jsonl")):
         for line in file.read_text().splitlines():
             timeless.append({
                 name: value for name, value in json.loads(line).items()

@@ -52,6 +52,28 @@ def test_leaves_the_promised_folders_and_numbers(output):
             "memory/kv_cache_gb"} <= set(lines[0])
     assert abs(lines[0]["objective/kl"]) < 1e-4 and abs(lines[0]["ppo/policy/ratio"] - 1) < 1e-5
     assert "perplexity" in (output.parent / "stdout").read_text().split("held-out result")[-1]
+    seconds = summary["clock"]
+    assert list(seconds) == ["step1_sft", "step2_reward", "step3_ppo", "run"]
+    assert sum(seconds.values()) - seconds["run"] <= seconds["run"] + 3
+    assert summary["command"].startswith("bash run_all.sh tiny cpu --max_steps 2 ")
+    assert summary["commands"]["ppo"].startswith("python step3_ppo.py --deepspeed_config ")
+
+
+OURS = ("run_all.sh: ", "=== ", "device ", "data: ", "step ", "held-out rows at ", "  for example: ",
+        "correlation ", "better ", "preflight: ", "doctor: ", "stage ", "sft ", "reward ", "ppo ",
+        "all ", "Talk to it: ", "report: ")
+
+
+def test_a_run_prints_its_own_lines_alone_and_few(output):
+    lines = (output.parent / "stdout").read_text().splitlines()
+    foreign = [line for line in lines if line and not line.startswith(OURS)
+               and " model, 1.0M parameters" not in line and " prompts x 1 answer(s), " not in line]
+    assert not foreign and len(lines) < 60
+    # The preset's flags and the user's: the echo has each once, the last.
+    for line in lines:
+        if line.startswith("=== "):
+            flags = [word for word in line.split() if word.startswith("--")]
+            assert len(flags) == len(set(flags)) and "--max_steps 2 " in line
 
 
 def test_a_dry_run_plans_all_three_stages_and_writes_nothing(tmp_path):
