@@ -44,7 +44,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from support.cache import Prepared, cache_key, prepare_once
+from support.cache import (Prepared, cache_key, prepare_once, prepared_folder,
+                           read_prepared)
 from support.flags import (DataConfig, UsageError, check_local_path, exit_on_usage_error,
                            first_line, flag, parse_config)
 from support.forms import FORMS, JOINS, Unusable
@@ -1129,6 +1130,21 @@ def prepare(config, stage, tokenizer, log):
         for ids in sequences_of(item).values():
             checksum = zlib.crc32(ids.tobytes(), checksum)
     return Prepared(rows, held_records, checksum)
+
+
+def prepare_beforehand(config, stage, tokenizer, processes):
+    """
+    What a stage will read is put into the cache of this host, by one process before the stage.
+
+    returns  how many training rows it has
+    raises   UsageError for data that the stage could not use, or too few for a step
+    """
+    folder = prepared_folder(key_of_stage(config, stage, tokenizer),
+                             lambda log: prepare(config, stage, tokenizer, log),
+                             log=lambda line: None)
+    row_count = len(read_prepared(folder).rows["train"])
+    rows_of_step(row_count, config, stage, processes)
+    return row_count
 
 
 def key_of_stage(config, stage, tokenizer):

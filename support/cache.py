@@ -176,42 +176,50 @@ def write_prepared(prepared, folder):
 # -----------------------------------------------------------------------------
 # once a host
 
+def prepared_folder(key, build, log):
+    """
+    -> the folder of this key in this host's cache, made where no earlier run has.
+
+    build   f(log) -> Prepared with rows in lists
+    raises  UsageError where that does, and for a cache that cannot be read or written
+    """
+    folder = Path(datasets.config.HF_DATASETS_CACHE, "rlhf_stages", key)
+    if folder.exists():
+        for line in read_prepared(folder).lines:
+            log(line)
+        return folder
+    lines = []
+
+    def log_and_keep(line):
+        lines.append(line)
+        log(line)
+
+    prepared = build(log_and_keep)
+    prepared.lines = lines
+    write_prepared(prepared, folder)
+    # What the rows leave in glibc's heap goes back to the system, because it would otherwise stay
+    # resident for the whole run.
+    del prepared
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return folder
+
+
 def prepare_once(find_key, build, log):
     """
     -> Prepared of this stage, its rows mapped into memory; made by the first process of each host
     where no earlier run has. Collective.
 
-    find_key  () -> cache_key(...)
-    build     f(log) -> Prepared with rows in lists
-    raises    UsageError, on all ranks, where one of those does
+    find_key, build  () -> cache_key(...); see prepared_folder
+    raises           UsageError, on all ranks, where one of those does
     """
     # Ranks are numbered host by host, so the first of this host is this many before this one.
     local_rank = int(os.environ["LOCAL_RANK"])
     folder = None
     with raise_on_all_ranks():
         if local_rank == 0:
-            folder = Path(datasets.config.HF_DATASETS_CACHE, "rlhf_stages", find_key())
-            if folder.exists():
-                prepared = read_prepared(folder)
-                for line in prepared.lines:
-                    log(line)
-                log(f"data: as an earlier run prepared it, {folder}")
-            else:
-                lines = []
-
-                def log_and_keep(line):
-                    lines.append(line)
-                    log(line)
-
-                prepared = build(log_and_keep)
-                prepared.lines = lines
-                write_prepared(prepared, folder)
-                # What the rows leave in glibc's heap goes back to the system, because it would
-                # otherwise stay resident for the whole run.
-                del prepared
-                gc.collect()
-                with suppress(OSError, AttributeError):  # another C library
-                    ctypes.CDLL("libc.so.6").malloc_trim(0)
+            folder = prepared_folder(find_key(), build, log)
     folders = [None] * dist.get_world_size()
     dist.all_gather_object(folders, folder)
     with raise_on_all_ranks():

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from data import load_records, load_tokenizer, rows_of_step
+from data import load_tokenizer, prepare_beforehand
 from support.checkpoints import refuse_to_overwrite
 from support.dry_run import (GB, host_memory, plan_stage, planned_cost, print_cost, print_plan,
                              verdict)
@@ -29,7 +29,6 @@ from support.metrics import write_json
 from support.models import check_positions, read_config
 from support.plan import planned_models
 from support.processes import deepspeed_settings
-from support.sources import read_source, read_text
 
 
 SECTIONS = {"step1_sft": "sft", "step2_reward": "reward", "step3_ppo": "ppo"}
@@ -66,7 +65,7 @@ def check(hardware, words):
     """
     The hardware, every stage's flags, DeepSpeed JSON and models, what its folder holds, whether the
     data are enough for one of its steps, and whether the memory is, so that what stops the last
-    stage does not show after the hours of the first.
+    stage does not show after the hours of the first. The data are then in the cache.
     """
     sys.argv[0] = "run_all.sh"
     with exit_on_usage_error():
@@ -83,11 +82,11 @@ def check(hardware, words):
             if name == "step1_sft":
                 base = config.model_name_or_path
             check_models(config, base)
-            train, _ = load_records(config, number, log=lambda sentence: None)
-            rows_of_step(len(train), config, number, processes)
-            rows.append(len(train))
             if number == 3:
-                check_text_and_sharing(config, hardware)
+                check_sharing_of_weights(config, hardware)
+            # The tokenizer is that of the first model, which the stages save with their own.
+            tokenizer = load_tokenizer(base, config.chat_template)
+            rows.append(prepare_beforehand(config, number, tokenizer, processes))
     sys.argv[0] = "run_all.sh"
     with exit_on_usage_error():
         print(*check_memory(hardware, stages, rows))
@@ -204,17 +203,12 @@ def check_models(config, base):
             load_tokenizer(name, config.chat_template)
 
 
-def check_text_and_sharing(config, hardware):
-    """Raises UsageError for stage 3's own text, or for sharing weights with no other process."""
+def check_sharing_of_weights(config, hardware):
+    """Raises UsageError for sharing weights with no other process."""
     tp = config.inference_tp_size
     if hardware in ("cpu", "1gpu") and tp != 1:
         raise UsageError(f"--inference_tp_size {tp}: {hardware} runs one process, which has all of "
                          "the weights; leave the flag out.")
-    for source in config.unsupervised_data_path:
-        if source.removesuffix(".gz").endswith(".txt"):
-            read_text(source)
-        else:
-            read_source(source)
 
 
 def table(path, clock):

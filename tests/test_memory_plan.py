@@ -307,7 +307,7 @@ def test_run_all_holds_the_plan_against_this_machine(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["run_all"])
     run_all.check("cpu", words)
     peaks = re.search(r"memory plan: step1_sft ([\d.]+), step2_reward ([\d.]+), step3_ppo "
-                      r"([\d.]+) of the [\d.]+ GB", capsys.readouterr().out).groups()
+                      r"([\d.]+) of the [\d.]+ GB", capsys.readouterr().err).groups()
     largest = max(float(peaks[0]), float(peaks[1]))
     rollouts = ["--per_device_generation_batch_size", "4096"]
     monkeypatch.setattr(dry_run, "host_memory", lambda: largest + 0.2)
