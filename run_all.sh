@@ -181,6 +181,10 @@ hand_on() {  # a SIGTERM, to the children of the launcher's child: the ranks, wh
   [ -n "${hosts:-}" ] || [ -z "$child" ] || ranks=$(cat /proc/${child%% *}/task/${child%% *}/children 2> /dev/null)
   kill ${ranks:-${child:-$1}} 2> /dev/null
 }
+report() {  # the page of the run, as far as it came; without one the run is what it is
+  ls "$out"/*/metrics.jsonl > /dev/null 2>&1 || return 0
+  echo "=== report: $("$python" -P "$here/support/report.py" "$out" 2>&1 | tail -n 1)"
+}
 stage() {  # name, flags
   local name=$1 began=$SECONDS code=0 told=
   shift
@@ -191,6 +195,7 @@ stage() {  # name, flags
   wait $! || while kill -0 $! 2> /dev/null; do wait $! || true; done  # a signal ends a `wait`, and not the stage
   wait $! || code=$?
   trap - TERM INT
+  [ $code = 0 ] || report
   # 143: a rank was told to stop by somebody else; 2: it was told, and then could not save
   if [ $code = 143 ] || { [ "$told" ] && [ $code != 2 ]; }; then
     echo "run_all.sh: $name.py was stopped; the same line with --resume goes on from what is saved" >&2
@@ -220,4 +225,5 @@ stage step3_ppo "${step3[@]}"
 # the numbers, from output/summary.json
 
 run_all table "$out/summary.json"
+report
 echo; echo "Talk to it: $python chat.py --path $out/actor"

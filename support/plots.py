@@ -154,8 +154,8 @@ def plot(title, draw, size=(4.5, 2.7)):
 
 
 def window_of(count):
-    """Steps of the running mean: an odd number, about a thirtieth of the curve."""
-    return count // 60 * 2 + 1
+    """Steps of the running mean: an odd number, about a 24th of the curve."""
+    return count // 24 | 1
 
 
 def running_mean(values, window):

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+sys.path.insert(0, str(ROOT))
 
 from support.doctor import RunDoctor
 from support.plots import (PANELS, POINTS, draw_bars, draw_frontier, draw_panel, has_data, plot,
@@ -195,7 +195,8 @@ def head_of_one(run):
     seed = seed_of(run)
     numbers = [i for i, name in enumerate(head) if name in ("steps", "seconds", "by the clock")]
     seconds = number_of(run.summary, "seconds")
-    took = f"; {seconds:,.0f} seconds in the stages" if seconds else ""
+    all_finished = all(stage.finished for stage in run.stages.values())
+    took = f"; {seconds:,.0f} seconds in the stages" if seconds and all_finished else ""
     return join([tag("h1", f"{title}, seed {seed}" if seed != "" else title),
                  tag("p", Html("State: ") + state(run) + took), table(head, rows, numbers)])
 
@@ -208,15 +209,17 @@ def head_of_many(runs):
         of_run = [number_of(run.stages.get(section, Stage()).results, key)
                   for _, section, key in known]
         numbers.append(of_run)
-        rows.append([run.name, place_of(run), seed_of(run), state(run), *map(shown, of_run)])
+        about = f"{place_of(run)}, seed {seed_of(run)}".removesuffix(", seed ")
+        rows.append([text(run.name) + tag("div", about, class_="soft"), state(run),
+                     *map(shown, of_run)])
     mean = None
     why = "The runs differ by more than their seeds, so no mean is taken; see what differs, below."
     if only_seeds_differ(runs):
-        mean = ["mean ± sd", "", "", "", *map(mean_and_spread, zip(*numbers))]
+        mean = ["mean ± sd", "", *map(mean_and_spread, zip(*numbers))]
         why = "The runs differ by their seeds alone; sd is the sample standard deviation."
-    head = ["run", "model", "seed", "state", *(name for name, _, _ in known)]
+    head = ["run", "state", *(name for name, _, _ in known)]
     return join([tag("h1", f"{len(runs)} runs compared"),
-                 table(head, rows, range(4, len(head)), mean), note(why)])
+                 table(head, rows, range(2, len(head)), mean), note(why)])
 
 
 def mean_and_spread(values):
@@ -242,22 +245,23 @@ def doctor_of(run):
             numbers = {name: number_of(row, name) for name in row}
             numbers = {name: value for name, value in numbers.items() if value is not None}
             if "objective/kl" in numbers and "objective/scores" in numbers:
-                doctor(numbers)
+                doctor({**numbers, "step": row["step"]})
     return doctor.sentences
 
 
 def doctor(runs):
     parts = [tag("h2", "What the doctor says")]
     for run in runs:
-        if len(runs) > 1:
-            parts.append(tag("h3", run.name))
+        of_run = f"{run.name}: " if len(runs) > 1 else ""
         if "ppo" not in run.stages:
-            parts.append(tag("p", "The doctor reads PPO's metrics, and there are none."))
-        elif said := doctor_of(run):
+            parts.append(tag("p", of_run + "the doctor reads PPO's metrics, and there are none."))
+            continue
+        said = doctor_of(run)
+        found = "this" if said else "nothing"
+        steps = run.stages["ppo"].last_step
+        parts.append(tag("p", f"{of_run}it read {steps} steps of PPO and found {found}."))
+        if said:
             parts.append(tag("ul", join(tag("li", with_flags(sentence)) for sentence in said)))
-        else:
-            steps = run.stages["ppo"].last_step
-            parts.append(tag("p", f"It read {steps} steps of PPO and found nothing."))
     return join(parts)
 
 
@@ -272,14 +276,16 @@ def curves(runs):
         if not steps:
             continue
         parts.append(tag("h2", f"{NAMES[section]}, step by step"))
+        window = window_of(steps)
+        lines = f"the running mean of {window} steps" if window > 1 else "every step"
         if len(runs) > 1:
             parts.append(legend([run.name for run in runs]))
-            parts.append(note(f"Lines: the running mean of {window_of(steps)} step(s) in the "
-                              "longest run, a thirtieth of each. Dots: held-out rows."))
+            of_shorter = ", of fewer for a shorter run" if window > 1 else ""
+            parts.append(note(f"Lines: {lines}{of_shorter}. Dots: held-out rows."))
         else:
             thinned = ", thinned to its extremes" if steps > POINTS else ""
-            parts.append(note(f"Strong: the running mean of {window_of(steps)} step(s). Pale: every"
-                              f" step{thinned}. Dots: held-out rows."))
+            pale = f" Pale: every step{thinned}." if window > 1 else ""
+            parts.append(note(f"Line: {lines}.{pale} Dots: held-out rows."))
         figures = []
         for panel in panels:
             if has_data(panel, stages):
@@ -312,7 +318,7 @@ def frontier(runs):
     drawn = []
     if max(map(len, evaluations)) > 1:
         drawn.append(tag("figure", Html(plot("Score and gold against KL", lambda axes:
-                                             draw_frontier(axes, evaluations), (6.4, 3.6)))))
+                                             draw_frontier(axes, evaluations), (5.4, 3.4)))))
     if len(runs) == 1:
         names = ["kl", "score", "gold", "win_rate"]
         rows = [[row["step"], *(shown(number_of(row, f"eval/{name}")) for name in names)]
@@ -430,7 +436,7 @@ def answer_cell(name, sample):
 
 def costs(runs):
     names, rows = [], []
-    bars = {"generate": [], "score": [], "train": [], "rest, or the whole stage": []}
+    bars = {"generate": [], "score": [], "train": [], "rest": []}
     for run in runs:
         for section, stage in run.stages.items():
             names.append(f"{run.name}: {NAMES[section]}" if len(runs) > 1 else NAMES[section])
@@ -453,12 +459,12 @@ def costs(runs):
          "tokens/s, median", "memory peak, GB"], rows)
     parts = [tag("h2", "Where time and memory went"), note(
         "By the clock of run_all.sh a stage includes launching and importing. PPO's score is all "
-        "forward passes of reward model, reference, actor and critic; its rest is loading, checks, "
-        "evaluation and saving.")]
-    if any(map(any, bars.values())):
+        "forward passes of reward model, reference, actor and critic; its rest (grey, as the other "
+        "stages are in whole) is loading, checks, evaluation and saving.")]
+    if len(runs) == 1 and any(map(any, bars.values())):
         parts.append(tag("figure", Html(plot(
             "Seconds of the stages", lambda axes: draw_bars(axes, names, bars),
-            (6.4, 0.9 + 0.4 * len(names)))), class_="wide"))
+            (5.4, 0.9 + 0.4 * len(names)))), class_="wide"))
     return join([*parts, table(head, rows, range(1, len(head)))])
 
 
@@ -499,7 +505,8 @@ def flags_of_one(run):
                   if flag in stage.config}
         default = next((known[flag] for known in defaults.values() if flag in known), None)
         row = [with_flags(f"--{flag}"), plain(default),
-               *(plain(values[section]) if section in values else "" for section in stages)]
+               *(text(plain(values[section]), LONGEST) if section in values else ""
+                 for section in stages)]
         rows.append(row)
         if any(value != defaults[section].get(flag) for section, value in values.items()):
             changed.append(row)
@@ -553,7 +560,7 @@ def repetition(runs):
     for run in runs:
         parts += [tag("h3", run.name), commands_of(run)]
     rows = [[NAMES[section], with_flags(f"--{flag}"),
-             *("" if value is None else value for value in values)]
+             *("" if value is None else text(value, LONGEST) for value in values)]
             for (section, flag), values in differing_flags(runs).items()]
     parts.append(tag("h3", "Flags that differ"))
     if rows:
