@@ -197,6 +197,10 @@ last_of_each() {  # flags -> the same, of those that are there twice (a preset's
     values[$flag]=
   done
 }
+report() {  # the page of the run, as far as it came; without one the run is what it is
+  ls "$out"/*/metrics.jsonl > /dev/null 2>&1 || return 0
+  echo "=== report: $("$python" -P "$here/support/report.py" "$out" 2>&1 | tail -n 1)"
+}
 stage() {  # name, flags
   local name=$1 began=$SECONDS code=0 told= number
   shift
@@ -209,6 +213,7 @@ stage() {  # name, flags
   wait $! || while kill -0 $! 2> /dev/null; do wait $! || true; done  # a signal ends a `wait`, and not the stage
   wait $! || code=$?
   trap - TERM INT
+  [ $code = 0 ] || report
   # 143: a rank was told to stop by somebody else; 2: it was told, and then could not save
   if [ $code = 143 ] || { [ "$told" ] && [ $code != 2 ]; }; then
     echo "run_all.sh: $name.py was stopped; the same line with --resume goes on from what is saved" >&2
@@ -238,4 +243,5 @@ stage step3_ppo "${step3[@]}"
 # the numbers, from output/summary.json
 
 run_all table "$out/summary.json" "${clock[@]}" $SECONDS
+report
 echo; echo "Talk to it: $python chat.py --path $out/actor"

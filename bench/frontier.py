@@ -4,8 +4,10 @@ Gao et al. 2023, "Scaling laws for reward model overoptimization" (arXiv 2210.10
 rises and gold falls, the policy exploits the reward model.
 
     python step3_ppo.py ... --eval_steps 10
-    python bench/frontier.py output/actor/metrics.jsonl                       # a table; several runs one after another
-    python bench/frontier.py kl0/actor/metrics.jsonl kl5/actor/metrics.jsonl --plot frontier.png     # needs matplotlib
+    python bench/frontier.py output/actor/evaluations.jsonl                   # a table; several runs one after another
+    python bench/frontier.py kl0/actor/evaluations.jsonl kl5/actor/evaluations.jsonl --plot kl.png   # needs matplotlib
+
+The metrics.jsonl of a run that wrote no evaluations.jsonl does as well.
 """
 
 import argparse
@@ -18,11 +20,11 @@ COLUMNS = ("eval/kl", "eval/score", "eval/gold", "eval/win_rate")
 
 
 def evaluations(path):
-    """The lines of a metrics.jsonl that hold an evaluation, as dicts; kl in nats a response."""
+    """The lines of a file that hold an evaluation, as dicts; kl in nats a response."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     except (OSError, ValueError) as error:
-        sys.exit(f"frontier.py: error: {path} cannot be read as metrics.jsonl ({error}).")
+        sys.exit(f"frontier.py: error: {path} cannot be read as evaluations.jsonl or metrics.jsonl ({error}).")
     found = [line for line in lines if "eval/kl" in line]
     if not found:
         sys.exit(f"frontier.py: error: {path} holds no evaluation; train with --eval_steps 10, say.")
@@ -49,7 +51,7 @@ def plot(runs, file):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metrics", nargs="+", help="metrics.jsonl of runs with --eval_steps")
+    parser.add_argument("metrics", nargs="+", help="evaluations.jsonl or metrics.jsonl of runs with --eval_steps")
     parser.add_argument("--plot", metavar="FILE", help="also draw them")
     options = parser.parse_args()
     runs = {path: evaluations(path) for path in options.metrics}

@@ -18,6 +18,8 @@ upper floor, which stands on data.py and hybrid_engine.py
     reward_functions  --reward_fn file.py:function
     preflight         what PPO checks before its first update
     doctor            what a run's metrics say about its health
+    report            a run, or several compared, as one HTML page
+    runs, plots       what it reads, and what it draws
     plan              memory at each moment of a stage, and its FLOP, from shapes
     dry_run           --dry_run: does it fit, what does, hours and dollars
     run_all           what run_all.sh needs Python for: checks, plans, the table of results
