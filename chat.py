@@ -7,9 +7,11 @@ A conversation with a trained model, in the terminal; /help lists its commands:
     python chat.py --path output/sft output/actor --reward_model output/reward
     # one answer, for scripts
     python chat.py --path output/actor --prompt "What is the opposite of hot?"
+    # for browsers (a page) and programs (OpenAI's protocol); see support/serve.py
+    python chat.py --path output/sft output/actor --reward_model output/reward --serve --port 8000
 
 A folder is a plain Hugging Face one: its chat template formats the conversation as it was trained
-on, transformers generates. When a conversation outgrows the model's positions, the oldest exchanges
+on, transformers generates; with --serve this project's own decoder does. When a conversation outgrows the model's positions, the oldest exchanges
 are forgotten, and that is said.
 
     score = (reward model's value at the answer's last token - mean) / deviation, as PPO sees it
@@ -44,11 +46,23 @@ class Config(CheckedConfig):
     top_p: float = flag(1.0, "nucleus sampling, with a temperature over 0", over=0, at_most=1)
     seed: int = flag(1234, "of the sampling", at_least=0, at_most=2**32 - 1)
 
+    serve: bool = flag(False, "answer over HTTP instead of here")
+    host: str = flag("127.0.0.1", "of --serve: the address to listen on; 0.0.0.0: all, unguarded")
+    port: int = flag(8000, "of --serve; 0: any that is free", at_least=0, at_most=65535)
+    max_concurrency: int = flag(8, "of --serve: answers of a model at once; more are refused",
+                                at_least=1)
+    max_seq_len: int = flag(2048, "of --serve: tokens of a conversation with its answer, at most",
+                            at_least=2)
+
     def check(self):
         for path in self.path:
             if self.path.count(path) > 1:
                 raise UsageError(f"--path names {path} twice, and answers stand under their "
                                  "model's name; name each model once.")
+        for name in ("prompt", "system"):
+            if self.serve and getattr(self, name):
+                raise UsageError(f"--{name} with --serve: a request brings its own messages, of a "
+                                 f"system turn too; leave --{name} out.")
 
 
 # -----------------------------------------------------------------------------
@@ -180,23 +194,27 @@ class Judge:
     """The reward model's score of an answer, where there is one, and the KL to the first model."""
 
     def __init__(self, config, speakers):
+        self.vocabularies = {speaker.name: vocabulary_size(speaker.tokenizer)
+                             for speaker in speakers}
         self.reward_model = None
+        self.scored_by_ids = set()  # names of models with the reward model's tokenizer
         if config.reward_model:
             self.reward_tokenizer = load_tokenizer(config.reward_model)
             in_float32 = {"zero_optimization": {"stage": 0}}
             model = load_reward_model(config.reward_model, self.reward_tokenizer, in_float32,
                                       tokens=1, normalise=True)
             self.reward_model = model.to(speakers[0].model.device).eval()
+            words = self.reward_tokenizer.get_vocab()
+            self.scored_by_ids = {speaker.name for speaker in speakers
+                                  if speaker.tokenizer.get_vocab() == words}
         self.first = speakers[0]
+        self.comparable = set()  # names of models that give probabilities to the first one's tokens
         for speaker in speakers[1:]:
-            if not self.can_compare(speaker):
+            if speaker.tokenizer.get_vocab() == self.first.tokenizer.get_vocab():
+                self.comparable.add(speaker.name)
+            else:
                 print(f"({speaker.name} has another tokenizer than {self.first.name}, so there is "
                       "no KL between them)")
-
-    def can_compare(self, speaker):
-        """Whether this model and the first one give probabilities to the same tokens."""
-        own, first = speaker.tokenizer, self.first.tokenizer
-        return speaker is not self.first and own.get_vocab() == first.get_vocab()
 
     @torch.no_grad()
     def measures(self, speaker, messages, prompt, answer, text):
@@ -209,10 +227,10 @@ class Judge:
             score = self.score(speaker, messages, prompt, answer, text)
             if score is not None:
                 found["score"] = score
-        if self.can_compare(speaker):
+        if speaker.name in self.comparable:
             ids = torch.cat([prompt, answer], 1)
             own, first = (
-                LanguageModel(model, vocabulary_size(speaker.tokenizer))(
+                LanguageModel(model, self.vocabularies[speaker.name])(
                     ids, torch.ones_like(ids), torch.ones_like(answer))[0].sum()
                 for model in (speaker.model, self.first.model))
             found["kl"] = float(own - first)
@@ -221,7 +239,7 @@ class Judge:
     def score(self, speaker, messages, prompt, answer, text):
         """The reward model's score, or None for an answer longer than the model's positions."""
         ids = torch.cat([prompt, answer], 1)
-        if self.reward_tokenizer.get_vocab() != speaker.tokenizer.get_vocab():
+        if speaker.name not in self.scored_by_ids:
             # In the reward model's own words; its EOS only where the answer came to its end.
             (prompt_ids, answer_ids), = encode_answers(self.reward_tokenizer, [messages], [text])
             ends = torch.as_tensor(speaker.ends, device=answer.device).view(-1)
@@ -346,6 +364,15 @@ def main(config):
     speakers = [Speaker(path, config) for path in config.path]
     judge = Judge(config, speakers)
     torch.manual_seed(config.seed)
+    if config.serve:
+        try:
+            # Only here, because the terminal does without a web server.
+            from support.serve import serve
+        except ImportError as error:
+            raise UsageError(f"--serve needs starlette and uvicorn ({first_line(error)}): pip "
+                             "install -r requirements.txt") from error
+        serve(speakers, judge, config)
+        return
     if not config.prompt:
         converse(speakers, judge)
         return
