@@ -34,7 +34,6 @@ import threading
 import time
 import traceback
 import uuid
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,7 +55,7 @@ from support.models import vocabulary_size
 MAX_BODY = 2**20  # bytes
 DRAIN = 2**26  # bytes of a body too long that are read all the same, so that its sender listens
 MAX_STOPS = 4
-SHUTDOWN_SECONDS = 3  # that answers in the making have after Ctrl-C
+SHUTDOWN_SECONDS = 3  # that clients have after Ctrl-C to hear that their answers end
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -73,8 +72,15 @@ class ApiError(Exception):
     def __init__(self, status, message, param=None, code=None):
         super().__init__(message)
         self.status = status
-        kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+        kind = "invalid_request_error"
+        if status >= 500:
+            kind = "server_error"
+        elif status == 429:
+            kind = "rate_limit_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+ENDING = ApiError(503, "the server is ending", code="server_ending")
 
 
 # -----------------------------------------------------------------------------
@@ -117,7 +123,7 @@ def parse_request(raw, served_models, config):
                                 "leave it out", name)
         if name not in NEUTRAL and name not in KNOWN:
             raise ApiError(400, f"{shown(name)} is not known here; accepted are "
-                                f"{', '.join(sorted(KNOWN))}", name)
+                                f"{', '.join(sorted(KNOWN))}", shown(name))
 
     model = body.get("model")
     if not isinstance(model, str):
@@ -274,8 +280,7 @@ class Served(threading.Thread):
         reason = why_unsupported(speaker.model)
         if reason:
             raise UsageError(f"--serve: this project's decoder cannot run {speaker.name}: {reason}. "
-                             "Talk to it without --serve, or serve its folder with "
-                             "`transformers serve`.")
+                             "Talk to it without --serve.")
         self.speaker = speaker
         self.rows = rows
         self.length = min(length, speaker.positions)
@@ -314,6 +319,8 @@ class Served(threading.Thread):
     def submit(self, answer):
         """The answer joins the batch before its next step. Raises ApiError where it is full."""
         with self.changed:
+            if self.closing:
+                raise ENDING
             if self.count_answers() >= self.rows:
                 raise ApiError(429, f"{self.speaker.name} is making {self.rows} answers, which is "
                                     "all that --max_concurrency allows; try again later",
@@ -326,7 +333,7 @@ class Served(threading.Thread):
         return sum(not answer.cancelled for answer in self.waiting + self.running)
 
     def close(self):
-        """Ends the thread; answers in the making end nowhere."""
+        """Ends the thread, and all answers in the making with an error."""
         with self.changed:
             self.closing = True
             self.changed.notify()
@@ -340,8 +347,10 @@ class Served(threading.Thread):
             with self.changed:
                 while not (self.waiting or self.running or self.closing):
                     self.changed.wait()
-                if self.closing:
-                    return
+                closing = self.closing
+            if closing:
+                self.fail(ENDING)
+                return
             try:
                 self.advance()
             except Exception as error:  # of any kind, because the server must outlive it
@@ -509,7 +518,7 @@ class AnswerStream(StreamingResponse):
 
 def make_app(served_models, judge, config):
     """
-    served_models  {name: Served}, whose threads run while the application does
+    served_models  {name: Served}, whose threads run
     config         chat.Config
     """
     page = (Path(__file__).parent / "chat.html").read_text(encoding="utf-8")
@@ -598,20 +607,12 @@ def make_app(served_models, judge, config):
             yield chunk([], usage=usage(prompt, tokens))
         yield "data: [DONE]\n\n"
 
-    @asynccontextmanager
-    async def lifespan(app):
-        for served in served_models.values():
-            served.start()
-        yield
-        for served in served_models.values():
-            served.close()
-
     routes = [Route("/", show_page), Route("/health", health), Route("/v1/models", list_models),
               Route("/v1/models/{name:path}", one_model),
               Route("/v1/chat/completions", chat_completions, methods=["POST"])]
     handlers = {ApiError: api_error, HTTPException: http_error, Exception: server_error,
                 ClientDisconnect: nobody_listens}
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 async def read_body(request):
@@ -647,19 +648,34 @@ async def nobody_listens(request, error):
     return Response(status_code=499)
 
 
+class Server(uvicorn.Server):
+    """Ends the answers in the making before it waits for their connections to end."""
+
+    def __init__(self, uvicorn_config, served_models):
+        super().__init__(uvicorn_config)
+        self.served_models = served_models
+
+    async def shutdown(self, sockets=None):
+        for served in self.served_models.values():
+            served.close()
+        await super().shutdown(sockets)
+
+
 def serve(speakers, judge, config):
     """Answers requests until Ctrl-C."""
     served_models = {speaker.name: Served(speaker, config.max_concurrency, config.max_seq_len)
                      for speaker in speakers}
     listener = listen(config.host, config.port)
     app = make_app(served_models, judge, config)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning",
-                                           timeout_graceful_shutdown=SHUTDOWN_SECONDS))
+    uvicorn_config = uvicorn.Config(app, log_level="warning", lifespan="off",
+                                    timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+    for served in served_models.values():
+        served.start()
     host = f"[{config.host}]" if ":" in config.host else config.host
     print(f"http://{host}:{listener.getsockname()[1]} is a page to talk to {', '.join(served_models)}"
           "; OpenAI's clients take that address with /v1. Ctrl-C ends.", flush=True)
     try:
-        server.run(sockets=[listener])
+        Server(uvicorn_config, served_models).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises it again after its own end
         pass
     print("\n(the server has ended)")
@@ -672,6 +688,7 @@ def listen(host, port):
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen()  # so that who reads the address and asks at once only has to wait
     except OSError as error:
         listener.close()
         raise UsageError(f"--host {host} --port {port}: nothing can listen there "
