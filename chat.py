@@ -8,11 +8,11 @@ A conversation with a trained model, in the terminal; /help lists its commands:
     # one answer, for scripts
     python chat.py --path output/actor --prompt "What is the opposite of hot?"
     # for browsers (a page) and programs (OpenAI's protocol); see support/serve.py
-    python chat.py --path output/sft output/actor --reward_model output/reward --serve --port 8000
+    python chat.py --path output/sft output/actor --reward_model output/reward --serve
 
 A folder is a plain Hugging Face one: its chat template formats the conversation as it was trained
-on, transformers generates; with --serve this project's own decoder does. When a conversation outgrows the model's positions, the oldest exchanges
-are forgotten, and that is said.
+on, transformers generates (with --serve this project's own decoder). When a conversation outgrows
+the model's positions, the oldest exchanges are forgotten, and that is said.
 
     score = (reward model's value at the answer's last token - mean) / deviation, as PPO sees it
     KL    = sum over the answer's tokens of log p_own - log p_first, in nats and at temperature 1:
@@ -301,9 +301,9 @@ def converse(speakers, judge):
     """Reads questions and has every model answer them, until the user leaves."""
     read = line_reader()
     for speaker in speakers:
+        advice = " /reset starts over, /quit leaves." if speaker is speakers[-1] else ""
         print(f"{speaker.name}: {speaker.model.num_parameters() / 1e6:.1f}M parameters on "
-              f"{speaker.model.device}. ", end="" if speaker is speakers[-1] else "\n")
-    print("/reset starts over, /quit leaves.")
+              f"{speaker.model.device}.{advice}")
     while True:
         try:
             line = read("\nHuman: ")

@@ -21,7 +21,8 @@ Beyond the protocol a choice may have "score" and "kl", the measures of its answ
 chat.py's docstring defines; in a stream they are in the last choice, beside its finish_reason.
 
 Refused are bodies over 1 MB (413), prompts and answers longer than the model takes (400), and more
-requests at once than --max_concurrency for a model (429).
+requests at once than --max_concurrency for a model (429). Each model's KV cache is allocated when
+the server starts: --max_concurrency rows of --max_seq_len tokens.
 """
 
 import asyncio
@@ -279,8 +280,8 @@ class Served(threading.Thread):
         super().__init__(daemon=True)
         reason = why_unsupported(speaker.model)
         if reason:
-            raise UsageError(f"--serve: this project's decoder cannot run {speaker.name}: {reason}. "
-                             "Talk to it without --serve.")
+            raise UsageError(f"--serve: this project's decoder cannot run {speaker.name}: "
+                             f"{reason}. Talk to it without --serve.")
         self.speaker = speaker
         self.rows = rows
         self.length = min(length, speaker.positions)
@@ -329,7 +330,7 @@ class Served(threading.Thread):
             self.changed.notify()
 
     def count_answers(self):
-        """Answers that somebody waits for. One that is cancelled keeps its row until the next step."""
+        """Answers that somebody waits for; a cancelled one keeps its row until the next step."""
         return sum(not answer.cancelled for answer in self.waiting + self.running)
 
     def close(self):
@@ -672,8 +673,9 @@ def serve(speakers, judge, config):
     for served in served_models.values():
         served.start()
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"http://{host}:{listener.getsockname()[1]} is a page to talk to {', '.join(served_models)}"
-          "; OpenAI's clients take that address with /v1. Ctrl-C ends.", flush=True)
+    port = listener.getsockname()[1]
+    print(f"http://{host}:{port} is a page to talk to {', '.join(served_models)}; OpenAI's clients "
+          "take that address with /v1. Ctrl-C ends.", flush=True)
     try:
         Server(uvicorn_config, served_models).run(sockets=[listener])
     except KeyboardInterrupt:  # uvicorn raises it again after its own end

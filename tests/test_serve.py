@@ -3,6 +3,7 @@ chat.py --serve: a real server, real clients and a real browser; and the batch u
 between two tokens.
 """
 
+import asyncio
 import http.client
 import json
 import random
@@ -28,6 +29,7 @@ from models import small_model
 
 pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
+from support.serve import Answer, text_pieces  # noqa: E402
 
 QUESTIONS = ["Hello!", "What is the opposite of hot?", "One", "What does a cow say, and why?", "2 + 3?",
              "How do you spell cat?", "Who are you? Tell me more of it, please.", "Bye!"]
@@ -76,6 +78,27 @@ def test_rows_that_come_and_go_say_what_they_say_alone(name, monkeypatch):
         ids = torch.tensor([prompt])
         alone = engine.generate(ids, torch.ones_like(ids), lengths[row], temperature=0, eos_token_id=None)
         assert said[row] == alone.tokens[0, len(prompt):].tolist(), row
+
+
+# -----------------------------------------------------------------------------
+# text
+
+@pytest.mark.parametrize("text, stops, pieces", [
+    ("a cow says", [], ["a", " cow", " says"]),
+    ("cow 世界 cow", [], ["cow", " 世", "界", " cow"]),                # three tokens a letter, none of them alone
+    ("says a cow says moo", ["cow moo", "cow says"], ["says", " a"]),  # held back while it may become a stop
+    ("a cow moo", ["cow says"], ["a", " cow moo"]),
+    (" cow  ", [], ["cow"])])
+def test_text_is_final_when_it_is_sent(text, stops, pieces, tokenizer):
+    async def send():
+        answer = Answer([], 99, 0.0, 1.0, random.Random(), asyncio.get_running_loop())
+        *tokens, last = tokenizer(text, add_special_tokens=False).input_ids
+        for token in tokens:
+            answer.events.put_nowait((token, None))
+        answer.events.put_nowait((last, "length"))
+        return [piece async for piece, _, _ in text_pieces(answer, tokenizer, stops) if piece]
+
+    assert asyncio.run(send()) == pieces
 
 
 # -----------------------------------------------------------------------------
