@@ -528,9 +528,9 @@ class RollingBatch:
 
     All rows write the same column of the KV cache (kernels.decoder.KVCache), which decides where a
     newcomer stands: its prompt ends in the column at which the others are. Where it is longer than
-    that, the others move right first; where the cache is full, all move left, over the columns that
-    no row needs any more. Neither changes a row's result, because keys hold the rotation of their
-    position in the row, and biases are relative.
+    that, the others move right first; where the cache is full, or a long row has left, all move
+    left, over the columns that no row needs any more. Neither changes a row's result, because keys
+    hold the rotation of their position in the row, and biases are relative.
 
     engine  an InferenceEngine whose model the decoder can run, with tp_size 1
     rows    that fit
@@ -538,7 +538,7 @@ class RollingBatch:
     logits  (B, V) of the next token, by row: newcomers behind those that were there
     """
 
-    SPARE = 64  # columns beyond `length`, so that a long row makes all move left at most so often
+    SPARE = 64  # columns beyond `length`, and those that a move to the left gains, at least
 
     def __init__(self, engine, rows, length):
         self.engine = engine
@@ -565,10 +565,8 @@ class RollingBatch:
         """A prompt, a list of ids, becomes the last row: of at most `length` with its answer."""
         P = len(prompt)
         assert len(self) < self.rows and 0 < P < self.length, (len(self), P)
-        if P > self.column and len(self):
-            self.cache.move(P - self.column, self.column)
-            self.decoder.move(P - self.column)
-        self.column = max(P, self.column)
+        if P > self.column:
+            self._move(P - self.column)
         ids = torch.tensor([prompt], device=self.device)
 
         first = len(self) == 0
@@ -594,15 +592,23 @@ class RollingBatch:
         self.decoder.keep(rows)
         self.positions = self.positions[rows]
         self.logits = self.logits[rows]
+        # Where a long row has left, the others' steps need not look over its columns any more.
+        by = int(self.positions.max()) - self.column
+        if by <= -self.SPARE:
+            self._move(by)
+
+    def _move(self, by):
+        """The rows in flight move right by so many columns; left where `by` is negative."""
+        if len(self):
+            self.cache.move(by, self.column)
+            self.decoder.move(by)
+        self.column += by
 
     @torch.inference_mode()
     def step(self, tokens):
         """tokens (B,): each row's next one; `logits` is then what follows it."""
         if self.column == self.cache.data.size(-2):
-            unused = self.column - int(self.positions.max())
-            self.cache.move(-unused, self.column)
-            self.decoder.move(-unused)
-            self.column -= unused
+            self._move(int(self.positions.max()) - self.column)
         column = torch.tensor(self.column, device=self.device)
         logits = self.decoder.step(tokens, self.positions, column, self.cache)
         self.logits = logits[:, :self.engine.vocabulary]
