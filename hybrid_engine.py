@@ -521,6 +521,101 @@ class InferenceEngine:
         return responses, logprobs.masked_fill(logprobs == -float("inf"), 0.0)
 
 
+class RollingBatch:
+    """
+    A batch that rows join and leave between two steps (a server's, "continuous batching": Orca, Yu
+    et al. 2022), with the weights of a model that is not being trained.
+
+    All rows write the same column of the KV cache (kernels.decoder.KVCache), which decides where a
+    newcomer stands: its prompt ends in the column at which the others are. Where it is longer than
+    that, the others move right first; where the cache is full, or a long row has left, all move
+    left, over the columns that no row needs any more. Neither changes a row's result, because keys
+    hold the rotation of their position in the row, and biases are relative.
+
+    engine  an InferenceEngine whose model the decoder can run, with tp_size 1
+    rows    that fit
+    length  tokens of a prompt and its answer, at most
+    logits  (B, V) of the next token, by row: newcomers behind those that were there
+    """
+
+    SPARE = 64  # columns beyond `length`, and those that a move to the left gains, at least
+
+    def __init__(self, engine, rows, length):
+        self.engine = engine
+        self.rows = rows
+        self.length = length
+        self.decoder = Decoder(engine.model, engine.pack)
+        self.device = self.decoder.embed.device
+        self.cache = KVCache(len(self.decoder.layers), rows, self.decoder.kv_heads,
+                             length + self.SPARE, self.decoder.head_dim, self.decoder.embed.dtype,
+                             self.device)
+        self.clear()
+
+    def clear(self):
+        """All rows leave."""
+        self.column = 0
+        self.positions = torch.zeros(0, dtype=torch.long, device=self.device)  # of the next token
+        self.logits = None
+
+    def __len__(self):
+        return len(self.positions)
+
+    @torch.inference_mode()
+    def join(self, prompt):
+        """A prompt, a list of ids, becomes the last row: of at most `length` with its answer."""
+        P = len(prompt)
+        assert len(self) < self.rows and 0 < P < self.length, (len(self), P)
+        if P > self.column:
+            self._move(P - self.column)
+        ids = torch.tensor([prompt], device=self.device)
+
+        first = len(self) == 0
+        self.cache.use(len(self) + 1)
+        if first:
+            logits = self.decoder.prefill(ids, torch.zeros_like(ids[:, 0]), self.cache, copies=1)
+        else:
+            logits = self.decoder.join(ids, self.column, self.cache)
+        logits = logits[:, :self.engine.vocabulary]
+        self.logits = logits if first else torch.cat([self.logits, logits])
+        self.positions = F.pad(self.positions, (0, 1), value=P)
+
+    @torch.inference_mode()
+    def keep(self, rows):
+        """Only the rows of the list `rows` (ascending) stay."""
+        if len(rows) == len(self):
+            return
+        if not rows:
+            self.clear()
+            return
+        rows = torch.tensor(rows, device=self.device)
+        self.cache.keep(rows, self.column)
+        self.decoder.keep(rows)
+        self.positions = self.positions[rows]
+        self.logits = self.logits[rows]
+        # Where a long row has left, the others' steps need not look over its columns any more.
+        by = int(self.positions.max()) - self.column
+        if by <= -self.SPARE:
+            self._move(by)
+
+    def _move(self, by):
+        """The rows in flight move right by so many columns; left where `by` is negative."""
+        if len(self):
+            self.cache.move(by, self.column)
+            self.decoder.move(by)
+        self.column += by
+
+    @torch.inference_mode()
+    def step(self, tokens):
+        """tokens (B,): each row's next one; `logits` is then what follows it."""
+        if self.column == self.cache.data.size(-2):
+            self._move(int(self.positions.max()) - self.column)
+        column = torch.tensor(self.column, device=self.device)
+        logits = self.decoder.step(tokens, self.positions, column, self.cache)
+        self.logits = logits[:, :self.engine.vocabulary]
+        self.positions = self.positions + 1
+        self.column += 1
+
+
 def tensor_parallel_group(size):
     """
     The process group of this rank and the neighbours that it generates with, `size` ranks in all;

@@ -252,6 +252,17 @@ class KVCache:
             layer[:, :len(rows), :, :length] = layer[:, rows, :, :length]
         self.use(len(rows))
 
+    def move(self, by, length):
+        """
+        The first `length` columns move right by so many, and zeros stand before them: padding must
+        be finite. They move left where `by` is negative.
+        """
+        first = max(0, -by)
+        for layer in self.layers:
+            moved = layer[:, :, :, first:length].clone()  # because the two places overlap
+            layer[:, :, :, first + by:length + by] = moved
+            layer[:, :, :, :max(0, by)] = 0
+
 
 class Norm:
     """LayerNorm, or RMSNorm where the module has no bias attribute."""
@@ -308,8 +319,8 @@ class Decoder:
     B rows in flight, P prompt, T columns of the cache, H query heads, KVH key-value heads, D head
     width, E model width.
 
-    A rollout is one `prefill`, then any number of `step`s, and `keep` when rows leave. prefill sets
-    what the steps read: the rotary tables `cos` and `sin`, each row's first column `start` and the
+    A rollout is one `prefill`, then any number of `step`s, and `keep` when rows leave; where rows
+    come too (hybrid_engine.RollingBatch), `join` and `move`. prefill sets what the steps read: the rotary tables `cos` and `sin`, each row's first column `start` and the
     CPU's `bias`.
     """
 
@@ -528,8 +539,28 @@ class Decoder:
             logits.append(self._prefill(ids[prompts], start[prompts], cache, copies, first))
         return torch.cat(logits).repeat_interleave(copies, 0)
 
-    def _prefill(self, ids, start, cache, copies, first):
-        """Prompts (b, P), of which `first` others stand before -> logits (b, V)."""
+    def join(self, ids, column, cache):
+        """
+        One prompt (1, P) takes its place behind the rows in flight, and ends before `column`, where
+        these are -> logits (1, V) of its next token. There was a `prefill` before, and the cache
+        has its row in flight already (KVCache.use).
+        """
+        start = column - ids.size(1)
+        row = len(self.start)
+        self._begin(F.pad(self.start, (0, 1), value=start), self.length)
+        for layer in cache.layers:
+            layer[:, row, :, :start] = 0  # because padding must be finite
+        return self._prefill(ids, torch.zeros_like(ids[:, 0]), cache, 1, first=row, column=start)
+
+    def move(self, by):
+        """All rows have moved right by so many columns (KVCache.move)."""
+        self._begin(self.start + by, self.length)
+
+    def _prefill(self, ids, start, cache, copies, first, column=0):
+        """
+        Prompts (b, P), of which `first` others stand before -> logits (b, V). Their first column is
+        `column` of the cache.
+        """
         P = ids.size(1)
         rows = slice(first * copies, (first + len(ids)) * copies)
         columns = torch.arange(P, device=ids.device)
@@ -543,7 +574,8 @@ class Decoder:
             q, kv = qkv.split([self.heads, 2 * self.kv_heads], dim=2)
             q = q.transpose(1, 2)
             kv = kv.unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)  # (2, b, KVH, P, D)
-            cache.layers[i][:, rows, :, :P] = kv.repeat_interleave(copies, 1)
+            written = cache.layers[i][:, rows, :, column:column + P]
+            written.copy_(kv.repeat_interleave(copies, 1))
             # every query head gets its group's key and value
             k, v = kv.repeat_interleave(self.heads // self.kv_heads, 2)
             a = F.scaled_dot_product_attention(q, k, v, masks[layer.window], scale=layer.scale)

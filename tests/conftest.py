@@ -95,6 +95,24 @@ def model_folders(make_model, tokenizer, tmp_path_factory):
     return folders
 
 
+@pytest.fixture(scope="session")
+def endless(tokenizer, tmp_path_factory):
+    """A model that answers for minutes: random weights, many positions, an EOS that is far from likely."""
+    import transformers
+    folder = str(tmp_path_factory.mktemp("endless"))
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=64, word_embed_proj_dim=64, ffn_dim=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=16384, dropout=0.0, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=False))
+    # its head has no bias, so EOS is made unlikely by a weight that every hidden state is far from
+    model.model.decoder.final_layer_norm.bias.data.fill_(1.0)
+    model.lm_head.weight.data[tokenizer.eos_token_id] = -1.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 # -----------------------------------------------------------------------------
 # processes
 

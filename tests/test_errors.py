@@ -475,7 +475,7 @@ def test_a_reader_that_has_seen_enough():
 
 
 def test_chat_hears_bytes_that_are_no_text(model_folders, monkeypatch, capsys):
-    config = chat.Config(path=model_folders["lm"], max_new_tokens=2)
+    config = chat.Config(path=[model_folders["lm"]], max_new_tokens=2)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/quit\n"), "utf-8"))
     chat.main(config)
     assert "Assistant:" in capsys.readouterr().out
