@@ -129,8 +129,7 @@ esac
 python=python3
 if ! "$python" -c '
 from importlib import metadata, util
-needed = """torch deepspeed transformers datasets sentencepiece accelerate google.protobuf peft pytest matplotlib
-            tensorboard prompt_toolkit starlette uvicorn openai selenium""".split()
+needed = "torch deepspeed transformers datasets sentencepiece accelerate google.protobuf peft pytest".split()
 assert all(map(util.find_spec, needed)) and int(metadata.version("transformers").split(".")[0]) >= 5' 2>/dev/null; then
   python=$here/.venv/bin/python
   if ! { [ -e "$here/.venv/ready" ] && cmp -s "$here/.venv/ready" "$here/requirements.txt"; }; then
