@@ -52,6 +52,8 @@ def test_leaves_the_promised_folders_and_numbers(output):
             "memory/kv_cache_gb"} <= set(lines[0])
     assert abs(lines[0]["objective/kl"]) < 1e-4 and abs(lines[0]["ppo/policy/ratio"] - 1) < 1e-5
     assert "perplexity" in (output.parent / "stdout").read_text().split("held-out result")[-1]
+    assert "=== report: output/report.html\n" in (output.parent / "stdout").read_text()
+    assert "State: <span" in (output / "report.html").read_text()
 
 
 def test_a_dry_run_plans_all_three_stages_and_writes_nothing(tmp_path):
