@@ -7,7 +7,7 @@ exact mark, over the PPO steps of several seeds; on the right a run whose score 
         bash run_all.sh tiny cpu --output_dir hacked
     python bench/picture.py seeds/* --hacked hacked --output bench/results/gold.png      # or .svg; needs matplotlib
 
-Held-out answers where a run has two or more evaluations (--eval_steps), else the training answers' running mean.
+Held-out answers where a run has four evaluations or more (--eval_steps), else the training answers' running mean.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def series(folder):
     if stage is None:
         raise RunError(f"{folder}: there is no PPO in this run; name the --output_dir of one that has had its step 3.")
     held = [column(stage.evaluations, name) for name in ("eval/score", "eval/gold")]
-    if all(len(steps) > 1 for steps, _ in held):
+    if all(len(steps) >= 4 for steps, _ in held):
         return held, True
     trained = [column(stage.rows, name) for name in ("objective/scores", "objective/gold")]
     if not all(len(steps) for steps, _ in trained):

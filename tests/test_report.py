@@ -16,6 +16,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import step1_sft
 import step2_reward
@@ -23,7 +24,7 @@ import step3_ppo
 import support.report
 from conftest import ROOT, clean_environment
 from support.doctor import RunDoctor
-from support.plots import PANELS, draw_panel, extremes, plot, running_mean
+from support.plots import PANELS, draw_frontier, draw_panel, extremes, plot, running_mean
 from support.report import default_flags, exploitation, page, text
 from support.runs import read_run
 
@@ -276,11 +277,12 @@ def test_a_curve_of_each_run(tmp_path):
 def test_runs_that_differ_by_more_have_no_mean(tmp_path, report):
     make_run(tmp_path / "a", seed=1), make_run(tmp_path / "b", seed=2, kl_coef=0.2)
     stop_ppo(make_run(tmp_path / "c", seed=3))
-    code, out, err = report("a", "b", "c", "--output", "page.html")
-    assert (code, out) == (0, "page.html\n"), err
-    seen = words((tmp_path / "page.html").read_text())
-    assert "±" not in seen and "no mean is taken" in seen and "PPO stopped at step 25" in seen
-    assert "PPO --kl_coef 0.05 0.2" in seen
+    for names in ("ab", "ac", "abc"):
+        code, out, err = report(*names, "--output", "page.html")
+        assert (code, out) == (0, "page.html\n"), err
+        seen = words((tmp_path / "page.html").read_text())
+        assert "±" not in seen and "no mean is taken" in seen, names
+    assert "PPO stopped at step 25" in seen and "PPO --kl_coef 0.05 0.2" in seen
 
 
 # -----------------------------------------------------------------------------
@@ -298,8 +300,8 @@ def test_nothing_that_is_said_gets_out_of_its_place(tmp_path, report):
         {"step": step, "prompt": [{"role": "<i>", "content": said}, {"role": "user", "content": said}],
          "answer": said} for step in (0, 40) for said in NASTY[:10]])
     summary = json.loads((run / "summary.json").read_text())
-    summary |= {"doctor": NASTY[:9], "model": NASTY[0], "command": ["bash", *NASTY[:5]], "versions": {NASTY[0]: NASTY[1]},
-                "seed": NASTY[1]}
+    summary |= {"doctor": NASTY[:9], "model": NASTY[0], "seed": NASTY[1], "command": ["bash", *NASTY[:5]],
+                "versions": {NASTY[0]: NASTY[1]}}
     summary["config"]["ppo"]["chat_template"] = NASTY[0]
     (run / "summary.json").write_text(json.dumps(summary))
     code, out, err = report(run)
@@ -426,6 +428,13 @@ def test_exploitation_is_named(gold, said):
     assert exploitation(rows).startswith(said) or said in exploitation(rows)
 
 
+def test_frontier_is_over_the_root_of_the_kl():
+    axes = Figure().add_subplot()
+    draw_frontier(axes, [[{"step": i, "eval/kl": kl, "eval/score": 0.1 * i, "eval/gold": 0.2 * i}
+                          for i, kl in enumerate((-0.01, 1.0, 9.0))]])
+    assert [(line.get_label(), *line.get_xdata()) for line in axes.lines] == [("score", 0, 1, 3), ("gold", 0, 1, 3)]
+
+
 def test_defaults_are_those_of_the_stages():
     """They are read from the source as text; here they are compared with the classes themselves."""
     for section, module in (("sft", step1_sft), ("reward", step2_reward), ("ppo", step3_ppo)):
@@ -442,6 +451,8 @@ def test_frontier_and_picture_read_evaluations(tmp_path):
                            capture_output=True, text=True, check=True).stdout.splitlines()
     assert [line.split() for line in shown[-2:]] == [["20", "1.000", "0.500", "0.700", "0.600"],
                                                      ["40", "2.000", "0.700", "0.900", "0.600"]]
+    write_lines(tmp_path / "a/actor/evaluations.jsonl", [
+        {"step": step, "eval/score": step / 40, "eval/gold": 0.5, "eval/kl": 1.0} for step in (0, 10, 20, 40)])
     command = [sys.executable, ROOT / "bench/picture.py", tmp_path / "a", tmp_path / "b", "--hacked", tmp_path / "b",
                "--output"]
     for name in ("gold.png", "gold.svg"):
@@ -477,7 +488,8 @@ def test_run_all_reports_on_a_stage_that_failed(torn, tmp_path):
 # in a browser
 
 # In an iframe, because a browser's own window cannot be as narrow as a phone.
-MEASURE = """<body style="margin:0"><iframe id="page" src="PAGE" style="border:0; width:WIDTHpx; height:2000px"></iframe>
+MEASURE = """<body style="margin:0">
+<iframe id="page" src="PAGE" style="border:0; width:WIDTHpx; height:2000px"></iframe>
 <script>
 page.onload = () => {
   const inside = page.contentDocument;

@@ -57,6 +57,8 @@ def test_leaves_the_promised_folders_and_numbers(output):
     assert sum(seconds.values()) - seconds["run"] <= seconds["run"] + 3
     assert summary["command"].startswith("bash run_all.sh tiny cpu --max_steps 2 ")
     assert summary["commands"]["ppo"].startswith("python step3_ppo.py --deepspeed_config ")
+    assert "=== report: output/report.html\n" in (output.parent / "stdout").read_text()
+    assert "State: <span" in (output / "report.html").read_text()
 
 
 OURS = ("run_all.sh: ", "=== ", "device ", "data: ", "step ", "held-out rows at ", "  for example: ",
@@ -71,7 +73,7 @@ def test_a_run_prints_its_own_lines_alone_and_few(output):
     assert not foreign and len(lines) < 60
     # The preset's flags and the user's: the echo has each once, the last.
     for line in lines:
-        if line.startswith("=== "):
+        if " of 3: " in line:
             flags = [word for word in line.split() if word.startswith("--")]
             assert len(flags) == len(set(flags)) and "--max_steps 2 " in line
 
