@@ -72,6 +72,7 @@ def test_rows_that_come_and_go_say_what_they_say_alone(name, monkeypatch):
         live = [live[place] for place in stay]
         if live:
             batch.step(tokens[stay])
+            assert batch.column <= batch.cache.data.size(-2)
 
     assert min(moves) < 0 < max(moves)
     for row, prompt in enumerate(prompts):
