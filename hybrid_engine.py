@@ -538,7 +538,7 @@ class RollingBatch:
     logits  (B, V) of the next token, by row: newcomers behind those that were there
     """
 
-    SPARE = 64  # columns that a move to the left gains, at least; the cache has as many beyond `length`
+    SPARE = 64  # columns that a move to the left gains, at least; the cache has as many more
 
     def __init__(self, engine, rows, length):
         self.engine = engine
