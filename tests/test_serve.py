@@ -389,11 +389,13 @@ def test_the_page_compares_two_models(server, browser, endless, model_folders):
 @pytest.mark.slow
 def test_ctrl_c_ends_the_server_in_the_middle_of_an_answer(endless, tmp_path, run_script):
     server = Server(tmp_path / "log", "--path", endless, "--max_new_tokens", 6000, "--max_seq_len", 8000)
-    connection = server.begin(endless)
-    code, said = run_script("chat.py", "--path", endless, "--serve", "--port", server.port)
-    assert code == 2 and f"--port {server.port}: nothing can listen there" in said and "Traceback" not in said
-    began = time.time()
-    code, log = server.stop()
+    try:
+        connection = server.begin(endless)
+        code, said = run_script("chat.py", "--path", endless, "--serve", "--port", server.port)
+        assert code == 2 and f"--port {server.port}: nothing can listen there" in said and "Traceback" not in said
+    finally:
+        began = time.time()
+        code, log = server.stop()
     assert b"the server is ending" in connection.sock.makefile("rb").read(), "the client is told why"
     connection.close()
     assert code == 0 and "Traceback" not in log and "the server has ended" in log, log
