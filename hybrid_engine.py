@@ -528,9 +528,9 @@ class RollingBatch:
 
     All rows write the same column of the KV cache (kernels.decoder.KVCache), which decides where a
     newcomer stands: its prompt ends in the column at which the others are. Where it is longer than
-    that, the others move right first; where the cache is full, or a long row has left, all move
-    left, over the columns that no row needs any more. Neither changes a row's result, because keys
-    hold the rotation of their position in the row, and biases are relative.
+    that, the others move right first; where a long row has left, the others move left, over columns
+    that no row needs any more. Neither changes a row's result, because keys hold the rotation of
+    their position in the row, and biases are relative.
 
     engine  an InferenceEngine whose model the decoder can run, with tp_size 1
     rows    that fit
@@ -538,7 +538,7 @@ class RollingBatch:
     logits  (B, V) of the next token, by row: newcomers behind those that were there
     """
 
-    SPARE = 64  # columns beyond `length`, and those that a move to the left gains, at least
+    SPARE = 64  # columns that a move to the left gains, at least; the cache has as many more
 
     def __init__(self, engine, rows, length):
         self.engine = engine
@@ -592,7 +592,8 @@ class RollingBatch:
         self.decoder.keep(rows)
         self.positions = self.positions[rows]
         self.logits = self.logits[rows]
-        # Where a long row has left, the others' steps need not look over its columns any more.
+        # Where a long row has left, the others' steps need not look over its columns any more. So
+        # the cache is never full: fewer than SPARE columns stand before the longest row.
         by = int(self.positions.max()) - self.column
         if by <= -self.SPARE:
             self._move(by)
@@ -607,8 +608,6 @@ class RollingBatch:
     @torch.inference_mode()
     def step(self, tokens):
         """tokens (B,): each row's next one; `logits` is then what follows it."""
-        if self.column == self.cache.data.size(-2):
-            self._move(int(self.positions.max()) - self.column)
         column = torch.tensor(self.column, device=self.device)
         logits = self.decoder.step(tokens, self.positions, column, self.cache)
         self.logits = logits[:, :self.engine.vocabulary]

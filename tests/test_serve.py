@@ -72,6 +72,7 @@ def test_rows_that_come_and_go_say_what_they_say_alone(name, monkeypatch):
         live = [live[place] for place in stay]
         if live:
             batch.step(tokens[stay])
+            assert batch.column <= batch.cache.data.size(-2)
 
     assert min(moves) < 0 < max(moves)
     for row, prompt in enumerate(prompts):
@@ -388,11 +389,13 @@ def test_the_page_compares_two_models(server, browser, endless, model_folders):
 @pytest.mark.slow
 def test_ctrl_c_ends_the_server_in_the_middle_of_an_answer(endless, tmp_path, run_script):
     server = Server(tmp_path / "log", "--path", endless, "--max_new_tokens", 6000, "--max_seq_len", 8000)
-    connection = server.begin(endless)
-    code, said = run_script("chat.py", "--path", endless, "--serve", "--port", server.port)
-    assert code == 2 and f"--port {server.port}: nothing can listen there" in said and "Traceback" not in said
-    began = time.time()
-    code, log = server.stop()
+    try:
+        connection = server.begin(endless)
+        code, said = run_script("chat.py", "--path", endless, "--serve", "--port", server.port)
+        assert code == 2 and f"--port {server.port}: nothing can listen there" in said and "Traceback" not in said
+    finally:
+        began = time.time()
+        code, log = server.stop()
     assert b"the server is ending" in connection.sock.makefile("rb").read(), "the client is told why"
     connection.close()
     assert code == 0 and "Traceback" not in log and "the server has ended" in log, log
