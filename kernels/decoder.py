@@ -320,8 +320,8 @@ class Decoder:
     width, E model width.
 
     A rollout is one `prefill`, then any number of `step`s, and `keep` when rows leave; where rows
-    come too (hybrid_engine.RollingBatch), `join` and `move`. prefill sets what the steps read: the rotary tables `cos` and `sin`, each row's first column `start` and the
-    CPU's `bias`.
+    come too (hybrid_engine.RollingBatch), `join` and `move`. prefill sets what the steps read: the
+    rotary tables `cos` and `sin`, each row's first column `start` and the CPU's `bias`.
     """
 
     def __init__(self, model, pack=True, group=None):

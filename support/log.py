@@ -155,8 +155,8 @@ class MetricsLog:
         seconds_left = self._seconds_left(step, seconds_a_step)
 
         place, left = place_in_run(self.folder.name, now - self.began, seconds_left)
-        live = [f"{place}  {step}/{self.total_steps}  {left}", speed, *self._means(self.columns[:2])]
-        show_live("  ".join(live), force=step == self.total_steps)
+        words = [place, f"{step}/{self.total_steps}", left, speed, *self._means(self.columns[:2])]
+        show_live("  ".join(words), force=step == self.total_steps)
         if step == self.total_steps:
             keep_live()
 
