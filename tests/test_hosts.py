@@ -106,7 +106,7 @@ def test_run_all_checks_its_hosts_and_hands_models_to_those_with_disks_of_their_
     (stale / "model-00001-of-00002.safetensors").write_text("stale")
     code, output = run("shared", "own-disk")
     assert code == 2 and "step3_ppo.py failed" in output  # DeepSpeed's exit code was 3
-    assert "deepspeed --hostfile hosts --master_port 29555" in output
+    assert "deepspeed --quiet --hostfile hosts --master_port 29555" in output
     assert output.count("copying sft") == 1 and output.count("copying reward") == 1 and "shared does not" not in output
     for stage in ("sft", "reward"):
         here, there = (tmp_path / root / stage for root in ("output", "output-of-own-disk"))
