@@ -220,15 +220,17 @@ class Judge:
     def measures(self, speaker, messages, prompt, answer, text):
         """
         messages, prompt (1, P), answer (1, R), text  as Speaker.answer takes and returns them
-        returns  {"score": deviations, "kl": nats}, each where there is one
+        returns  {"score": deviations, "kl": nats}, each where there is one: no score where the
+                 reward model's template refuses the dialogue, or it has too few positions
         """
         found = {}
         if self.reward_model is not None:
             score = self.score(speaker, messages, prompt, answer, text)
             if score is not None:
                 found["score"] = score
-        if speaker.name in self.comparable:
-            ids = torch.cat([prompt, answer], 1)
+        ids = torch.cat([prompt, answer], 1)
+        # The first model may have fewer positions than the one that answered.
+        if speaker.name in self.comparable and ids.size(1) <= self.first.positions:
             own, first = (
                 LanguageModel(model, self.vocabularies[speaker.name])(
                     ids, torch.ones_like(ids), torch.ones_like(answer))[0].sum()
@@ -237,11 +239,15 @@ class Judge:
         return found
 
     def score(self, speaker, messages, prompt, answer, text):
-        """The reward model's score, or None for an answer longer than the model's positions."""
+        """The reward model's score, or None where it cannot read the answer."""
         ids = torch.cat([prompt, answer], 1)
         if speaker.name not in self.scored_by_ids:
             # In the reward model's own words; its EOS only where the answer came to its end.
-            (prompt_ids, answer_ids), = encode_answers(self.reward_tokenizer, [messages], [text])
+            try:
+                encoded = encode_answers(self.reward_tokenizer, [messages], [text])
+            except UsageError:  # its template has no system turn, say
+                return None
+            (prompt_ids, answer_ids), = encoded
             ends = torch.as_tensor(speaker.ends, device=answer.device).view(-1)
             if not torch.isin(answer[0, -1:], ends).item():
                 answer_ids = answer_ids[:-1]
@@ -321,7 +327,7 @@ def converse(speakers, judge):
             print_commands()
         elif line.startswith("/"):
             print(f"({command.split()[0]} is no command; a message that begins with / needs a "
-                  "blank before it)")
+                  "blank before it, and is then sent)")
             print_commands()
         elif command:
             answer_all(speakers, judge, {"role": "user", "content": command})

@@ -562,7 +562,7 @@ class RollingBatch:
 
     @torch.inference_mode()
     def join(self, prompt):
-        """A prompt, a list of ids, becomes the last row: of at most `length` with its answer."""
+        """A prompt, a list of ids, becomes the last row; the caller ends its answer at `length`."""
         P = len(prompt)
         assert len(self) < self.rows and 0 < P < self.length, (len(self), P)
         if P > self.column:

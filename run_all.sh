@@ -25,7 +25,11 @@ case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;; es
 [ "${1:-}" = setup ] && set -- tiny cpu && setup_only=1
 [ $# -ge 2 ] || stop "usage: bash run_all.sh MODEL HARDWARE [flags]; for example: bash run_all.sh tiny cpu"
 model=$1 hardware=$2
-export RUN_COMMAND="bash run_all.sh$(printf ' %q' "$@")"  # kept in summary.json
+RUN_COMMAND="bash run_all.sh$(printf ' %q' "$@")"  # kept in summary.json
+for name in LAUNCHER_ARGS HOSTFILE STEP3_ARGS STEP2_ARGS STEP1_ARGS; do
+  [ -z "${!name:-}" ] || RUN_COMMAND="$name=$(printf %q "${!name}") $RUN_COMMAND"
+done
+export RUN_COMMAND
 shift 2
 case " $* " in *" --dry_run"*) dry_run=1 ;; *) dry_run= ;; esac  # plans, asks no other host and writes nothing
 case " $* " in *" --verbose"*) quiet= ;; *) quiet=--quiet ;; esac  # what DeepSpeed's launcher says
@@ -104,12 +108,12 @@ case $model in
     reward+=" --per_device_train_batch_size 4 --gradient_accumulation_steps 4"
     ppo+=" --per_device_generation_batch_size $rollout --per_device_train_batch_size $batch --gradient_accumulation_steps 4
          --gradient_checkpointing --inference_tp_size $tp$share"
-    [ $critic != $out/sft ] || reward+=" --gradient_checkpointing$share"  # a critic of the actor's size
+    [ "$critic" != "$out/sft" ] || reward+=" --gradient_checkpointing$share"  # a critic of the actor's size
     if [ $adapters ]; then  # the reference model for nothing; scaled by 1 / 128 at this rate, as there
       lora=" --lora_dim 128 --lora_alpha 1 --only_optimize_lora"
       sft+="$lora --learning_rate 5e-4"
       ppo+="$lora --actor_learning_rate 5e-4 --critic_learning_rate 5e-4"
-      [ $critic != $out/sft ] || reward+="$lora --learning_rate 5e-4"
+      [ "$critic" != "$out/sft" ] || reward+="$lora --learning_rate 5e-4"
     fi ;;
   */* | .*)
     base=$model critic=$out/sft

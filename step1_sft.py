@@ -96,6 +96,8 @@ def perplexity(model, dataloader):
         tokens += trained_tokens([batch])
     nats, tokens = all_sum(nats, tokens)
     mean = nats / max(tokens, 1)
+    if not math.isfinite(mean):
+        return mean
     return math.exp(min(mean, 700))  # exp(710) is more than a float holds
 
 
@@ -138,16 +140,19 @@ def main(config):
     log = MetricsLog(folder, total_steps, config.logging_steps, columns, monitors(config, "sft"),
                      checkpoints.done, len(data.held_loader), config.eval_steps)
 
-    def evaluate(step):
-        """-> {"perplexity": per held-out token, "gold": mean mark of sampled answers, or None}."""
-        began = time.time()
+    def evaluate_and_log(step):
+        """
+        -> {"perplexity": per held-out token, "gold": mean mark of sampled answers, or None}. Saves
+        the model after the last step.
+        """
+        started = time.time()
         numbers = {"perplexity": perplexity(engine, data.held_loader)}
         check_finite("held-out rows", numbers)
         if step == total_steps:
             # Before the answers, because to sample them may need more memory than there is.
             save_model(engine, tokenizer, folder)
         numbers["gold"], answers = sample_answers(model.model, tokenizer, data.held_records, config)
-        log.evaluation(step, numbers, answers, time.time() - began)
+        log.evaluation(step, numbers, answers, time.time() - started)
         return numbers
 
     for step, batches in training_steps(data.train_loader, total_steps, checkpoints.done):
@@ -164,12 +169,12 @@ def main(config):
         log(step, {"loss": loss, "lr": lr, "grad_norm": grad_norm,
                    "tokens_per_second": tokens_read / (time.time() - started)})
         if log.evaluates_after(step):
-            evaluate(step)
+            evaluate_and_log(step)
         checkpoints.step_done(step)
 
     # -------------------------------------------------------------------------
-    # evaluation, the model
-    held = evaluate(total_steps)
+    # evaluation, and the model is saved
+    held = evaluate_and_log(total_steps)
     seconds = checkpoints.seconds + time.time() - began
     checkpoints.finish({"seconds": seconds, **held}, config.model_name_or_path)
     gold_text = f", gold {held['gold']:.3f}" if held["gold"] is not None else ""

@@ -163,7 +163,7 @@ def evaluate(score_pairs, dataloader):
 # -----------------------------------------------------------------------------
 # what is trained: a reward model, or with --dpo the policy itself
 
-def load_for_pairs(config, tokenizer, ds_config):
+def load_for_reward(config, tokenizer, ds_config):
     """-> the reward model to train, and f(engine, batch) that gives its scores of pairs."""
     model = load_reward_model(config.model_name_or_path, tokenizer, ds_config, config.max_seq_len,
                               allow_new_head=True, lora_config=config)
@@ -213,7 +213,7 @@ def main(config):
 
     # -------------------------------------------------------------------------
     # model, optimiser and learning-rate schedule
-    load_models = load_for_dpo if config.dpo else load_for_pairs
+    load_models = load_for_dpo if config.dpo else load_for_reward
     model, score_pairs = load_models(config, tokenizer, ds_config)
     engine = train_engine(model, ds_config, config, config.learning_rate, total_steps)
     checkpoints.load({"model": engine}, total_steps)
@@ -228,8 +228,11 @@ def main(config):
                      checkpoints.done, len(data.held_loader), config.eval_steps)
 
     def evaluate_and_log(step):
-        """-> evaluate's numbers; of a policy also gold, the mean mark of its answers, or None."""
-        began = time.time()
+        """
+        -> evaluate's numbers; of a policy also gold, the mean mark of its answers, or None. Saves
+        the model after the last step.
+        """
+        started = time.time()
         numbers = evaluate(lambda batch: score_pairs(engine, batch), data.held_loader)
         if step == total_steps:
             if not config.dpo:
@@ -241,7 +244,7 @@ def main(config):
         if config.dpo:
             numbers["gold"], answers = sample_answers(model.model, tokenizer, data.held_records,
                                                       config)
-        log.evaluation(step, numbers, answers, time.time() - began)
+        log.evaluation(step, numbers, answers, time.time() - started)
         return numbers
 
     pairs = world * config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -274,7 +277,7 @@ def main(config):
         checkpoints.step_done(step)
 
     # -------------------------------------------------------------------------
-    # evaluation, the model
+    # evaluation, and the model is saved
     held = evaluate_and_log(total_steps)
     seconds = checkpoints.seconds + time.time() - began
     checkpoints.finish({"seconds": seconds, **held}, config.model_name_or_path)

@@ -5,8 +5,8 @@ first start, which prepares the rows, and the second, which maps them.
     OMP_NUM_THREADS=1 python bench/rows.py                           # 20k, 100k and 1M rows
     OMP_NUM_THREADS=1 python bench/rows.py 20000 --tree ../older     # another checkout beside it
 
-The rows are pairs of answers to one question each, some 45 tokens a row in all. Every start is a
-fresh process, or two. Counted is from the imports' end to the first batch: CPU seconds of all of
+The rows are pairs of answers to one question each, some 45 tokens a row in all. Every start has
+processes of its own, one or two. Counted is from the imports' end to the first batch: CPU seconds of all of
 the process's threads and of its children; the growth of its resident memory at the peak, and when
 it has the first batch. Of the latter the mapped file's pages are left out, which the system may
 drop and all processes share.
@@ -129,7 +129,8 @@ def main():
             for tree in [ROOT, *options.tree]:
                 for number in options.stages:
                     for processes in options.processes:
-                        cache = Path(folder, f"{tree.name}-{number}-{processes}")
+                        name = str(tree.resolve()).replace("/", "-")
+                        cache = Path(folder, f"{name}-{number}-{processes}")
                         for which in ("first", "second"):
                             costs = start(tree.resolve(), number, processes, rows, cache)
                             words = [" and ".join(f"{cost[name]:,.{digits}f}" for cost in costs)

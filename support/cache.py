@@ -134,7 +134,7 @@ def read_prepared(folder):
         prepared = pickle.loads((folder / "about.pickle").read_bytes())
         prepared.rows = {name: Rows(folder / f"{name}.arrow") if count else []
                          for name, count in prepared.rows.items()}
-    except (OSError, EOFError, pickle.UnpicklingError, pyarrow.ArrowException) as error:
+    except Exception as error:  # of any kind, because damaged pickles raise many
         raise UsageError(f"{folder}, the cache of this stage's rows, cannot be read "
                          f"({first_line(error)}); delete it, and it is made again.") from error
     return prepared
@@ -149,8 +149,9 @@ def write_prepared(prepared, folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         # What a killed run left behind. A day, because another run may be writing.
         for old in folder.parent.glob("*.tmp"):
-            if time.time() - old.stat().st_mtime > 86400:
-                shutil.rmtree(old, ignore_errors=True)
+            with suppress(FileNotFoundError):  # the other run has just finished it
+                if time.time() - old.stat().st_mtime > 86400:
+                    shutil.rmtree(old, ignore_errors=True)
         staging = folder.with_name(f"{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         staging.mkdir()
         try:

@@ -10,19 +10,8 @@ from pathlib import Path
 
 from support.metrics import command_words
 
-# folder of a saved model -> what it is, and the class that loads it
-KINDS = {
-    "sft": ("fine-tuned on demonstrations (SFT, step 1 of 3)", "AutoModelForCausalLM"),
-    "reward": ("a reward model, which scores an answer (step 2 of 3)",
-               "AutoModelForSequenceClassification"),
-    "actor": ("trained by reinforcement learning from a reward model (PPO, step 3 of 3)",
-              "AutoModelForCausalLM"),
-    "actor_ema": ("the moving average of the weights of the PPO actor beside it",
-                  "AutoModelForCausalLM"),
-    "critic": ("the critic of the PPO actor beside it, which values every token",
-               "AutoModelForSequenceClassification"),
-}
-DPO = "trained on preference pairs without a reward model (DPO)"
+LOADERS = {"reward": "AutoModelForSequenceClassification",
+           "critic": "AutoModelForSequenceClassification"}  # else AutoModelForCausalLM
 
 
 def write_model_cards(config, section, numbers, model):
@@ -33,23 +22,36 @@ def write_model_cards(config, section, numbers, model):
     numbers  the stage's, by name; None is left out
     model    what the stage started from
     """
-    folders = {"sft": ["sft"], "reward": ["reward"], "dpo": ["actor"],
-               "ppo": ["actor", "actor_ema", "critic"]}[section]
-    for name in folders:
+    if section == "sft":
+        cards = {"sft": ("A language model fine-tuned on demonstrations (SFT).", model, numbers)}
+    elif section == "reward":
+        cards = {"reward": ("A reward model, which scores an answer.", model, numbers)}
+    elif section == "dpo":
+        cards = {"actor": ("A language model trained on preference pairs (DPO).", model, numbers)}
+    else:
+        rewards = " and ".join(config.reward_fn) or config.critic_model_name_or_path
+        kind = (f"A language model trained by PPO (--advantage {config.advantage}) on the reward "
+                f"of `{rewards}`.")
+        cards = {"actor": (kind, model, numbers)}
+        # What follows is not evaluated by itself.
+        if config.enable_ema:
+            cards["actor_ema"] = ("The moving average of the weights of the actor beside it.",
+                                  model, {})
+        if config.advantage == "gae":
+            cards["critic"] = ("The critic of the actor beside it, which values every token.",
+                               config.critic_model_name_or_path or model, {})
+    for name, (kind, start, found) in cards.items():
         folder = Path(config.output_dir) / name
-        # An average or a critic may be of an earlier run.
-        asked_for = {"actor_ema": getattr(config, "enable_ema", False),
-                     "critic": getattr(config, "advantage", "") == "gae"}
-        if asked_for.get(name, True):
-            kind, loader = KINDS[name]
-            kind = DPO if section == "dpo" else kind
-            (folder / "README.md").write_text(card(config, kind, loader, numbers, model, folder),
-                                              encoding="utf-8")
+        loader = LOADERS.get(name, "AutoModelForCausalLM")
+        text = card(config, kind, loader, found, start, folder)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def card(config, kind, loader, numbers, model, folder):
     """-> the text of one card."""
-    data = [path for path in config.data_path if path != "toy"]
+    sources = [*config.data_path, *config.sft_data_path,
+               *getattr(config, "unsupervised_data_path", [])]
+    data = [path for path in sources if path != "toy"]
     on_hub = [path.partition(":")[0] for path in data if not Path(path).exists()]
     head = {"library_name": "transformers"}
     # Names of a hub alone; a folder of this machine means nothing there.
@@ -60,13 +62,12 @@ def card(config, kind, loader, numbers, model, folder):
     # A JSON value is a YAML value too.
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---", "",
              f"# {folder.name}", "",
-             f"A language model {kind}." if loader == "AutoModelForCausalLM" else f"This is {kind}.",
-             "", f"* started from: `{model}`", f"* data: `{' '.join(config.data_path)}`",
-             f"* command: `{shlex.join(command_words())}`", "",
-             "| held-out result | |", "|---|---:|"]
-    for name, value in numbers.items():
-        if value is not None:
-            lines.append(f"| {name} | {value:.4g} |")
+             kind, "", f"* started from: `{model}`", f"* data: `{' '.join(sources)}`",
+             f"* command: `{shlex.join(command_words())}`"]
+    known = {name: value for name, value in numbers.items() if value is not None}
+    if known:
+        lines += ["", "| held-out result | |", "|---|---:|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in known.items()]
     lines += ["", "```python", f"from transformers import AutoTokenizer, {loader}",
               f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
               f'model = {loader}.from_pretrained("{folder}")', "```", ""]

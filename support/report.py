@@ -258,7 +258,7 @@ def doctor(runs):
             continue
         said = doctor_of(run)
         found = "this" if said else "nothing"
-        steps = run.stages["ppo"].last_step
+        steps = run.stages["ppo"].last_step or "the"
         parts.append(tag("p", f"{of_run}it read {steps} steps of PPO and found {found}."))
         if said:
             parts.append(tag("ul", join(tag("li", with_flags(sentence)) for sentence in said)))
@@ -336,13 +336,17 @@ def exploitation(rows):
         return ("Whether gold fell while the score rose needs two evaluations with exact marks; "
                 "--eval_steps 10 makes one every 10 steps.")
     best = max(rows, key=lambda row: row["eval/gold"])
+    way_out = f"Raise --kl_coef, or stop at {best['eval/kl']:.1f} nats."
+    if best["step"] == 0:
+        way_out = ("No step was better than the SFT model: raise --kl_coef, and look at the reward "
+                   "model's accuracy.")
     for row in reversed(rows[rows.index(best):]):
         fell = best["eval/gold"] - row["eval/gold"]
         if fell > GOLD_FALL and row["eval/score"] > best["eval/score"]:
             return (f"From step {best['step']} to step {row['step']} gold fell from "
                     f"{best['eval/gold']:.3f} to {row['eval/gold']:.3f} while the score rose from "
                     f"{best['eval/score']:.3f} to {row['eval/score']:.3f}: the actor exploits the "
-                    f"reward model. Raise --kl_coef, or stop at {best['eval/kl']:.1f} nats.")
+                    f"reward model. {way_out}")
     return "Nowhere does gold fall from its best while the score rises."
 
 

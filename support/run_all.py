@@ -89,6 +89,10 @@ def check(hardware, words):
             rows.append(prepare_beforehand(config, number, tokenizer, processes))
     sys.argv[0] = "run_all.sh"
     with exit_on_usage_error():
+        if stages[1][2] == "dpo":
+            raise UsageError("--dpo makes the actor itself, and step 3 would then have no reward "
+                             "model. Start the stages by themselves: step1_sft.py, then "
+                             "step2_reward.py --dpo.")
         print(*check_memory(hardware, stages, rows))
 
 
@@ -222,11 +226,8 @@ def table(path, clock):
     write_json(path, summary)
     about = f"{summary['model']} on {summary['hardware']}, seed {summary['seed']}"
     print(f"\n{'stage':<8}{'seconds':>9}   held-out result        ({about})")
-    shown = {"sft": ("perplexity", "gold"), "reward": ("accuracy",), "dpo": ("accuracy", "gold"),
-             "ppo": ("score", "kl", "gold")}
+    shown = {"sft": ("perplexity", "gold"), "reward": ("accuracy",), "ppo": ("score", "kl", "gold")}
     for section, names in shown.items():
-        if section not in summary:
-            continue
         numbers = summary[section]
         results = [f"{name} {numbers[name]:.3f}" for name in names if name in numbers]
         print(f"{section:<8}{numbers['seconds']:>9.0f}   {'   '.join(results)}")

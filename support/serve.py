@@ -137,7 +137,7 @@ def parse_request(raw, served_models, config):
     if not isinstance(options, dict) or options.keys() - {"include_usage"}:
         raise ApiError(400, f"stream_options {shown(options)}: an object with include_usage alone "
                             "is accepted", "stream_options")
-    limit = served_models[model].speaker.max_new_tokens
+    limit = served_models[model].length
     lengths = [number(body, name, None, 1, limit, int)
                for name in ("max_completion_tokens", "max_tokens")]
     return ChatRequest(

@@ -3,6 +3,7 @@ The terminal: while a stage works, one live line says where it is, and is writte
 again. Other output takes it away first. In a file or a pipe there is no live line.
 """
 
+import os
 import shutil
 import sys
 import time
@@ -14,7 +15,9 @@ last_time = 0.0
 
 
 def is_terminal():
-    return sys.stdout is not None and sys.stdout.isatty()
+    """Of rank 0; the other ranks write no live line."""
+    is_rank0 = os.environ.get("RANK", "0") == "0"
+    return is_rank0 and sys.stdout is not None and sys.stdout.isatty()
 
 
 def show_live(text, force=False):

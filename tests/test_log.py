@@ -275,9 +275,14 @@ def test_every_saved_folder_has_its_card(folder, process_group):
         text = (folder / "cards" / name / "README.md").read_text()
         _, head, body = text.split("---\n", 2)
         assert yaml.safe_load(head) == {"library_name": "transformers"}  # no folders of this machine
-        for key, value in numbers[section].items():
+        # An average and a critic are not evaluated by themselves.
+        own = numbers[section] if name not in ("actor_ema", "critic") else {}
+        assert ("held-out result" in body) == bool(own)
+        for key, value in own.items():
             [row] = [row for row in body.splitlines() if row.startswith(f"| {key} |")]
             assert float(row.split("|")[2]) == pytest.approx(value, rel=1e-3, abs=1e-4)
+        start = "reward" if name in ("reward", "critic") else "actor"  # of the small models
+        assert f"* started from: `{folder / start}`" in body
         # The lines by which it says that it is loaded.
         code = re.search(r"```python\n(.*?)```", body, re.DOTALL).group(1)
         names = {}
@@ -309,3 +314,28 @@ def test_what_is_written_beside_a_model_is_no_part_of_it(folder, process_group, 
     assert checksum(copy) == checksum(model)
     (copy / "config.json").write_text("{}")
     assert checksum(copy) != checksum(model)
+
+
+def test_a_dpo_policy_leaves_step_3_without_a_reward_model(tmp_path, monkeypatch, capsys):
+    """Said by run_all.sh before its first stage, not after its second."""
+    from support import run_all
+    monkeypatch.chdir(tmp_path)
+    small = ["--data_path", "toy", "--max_steps", "2"]
+    with pytest.raises(SystemExit):
+        run_all.check("cpu", [
+            "step1_sft", "--model_name_or_path", "tiny", *small, "--",
+            "step2_reward", "--model_name_or_path", "output/sft", "--dpo", *small, "--",
+            "step3_ppo", "--actor_model_name_or_path", "output/sft",
+            "--critic_model_name_or_path", "output/reward", *small])
+    assert "run_all.sh: error: --dpo makes the actor itself" in capsys.readouterr().err
+
+
+def test_infinite_nats_are_no_perplexity(process_group):
+    """They end the run before a model is saved; large but finite ones do not."""
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long),
+             "attention_mask": torch.ones(1, 3, dtype=torch.long),
+             "loss_mask": torch.ones(1, 3), "weight": torch.ones(1)}
+    for nats, expected in ((float("inf"), float("inf")), (2000.0, pytest.approx(1.014e304, rel=1e-3))):
+        def model(ids, mask, loss_mask):
+            return torch.full((1, 2), -nats), None
+        assert step1_sft.perplexity(model, [batch]) == expected
