@@ -272,7 +272,7 @@ def test_what_is_refused(server, endless):
         (400, {**good, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "parts of type text"),
         (400, {**good, "messages": good["messages"] + [{"role": "assistant", "content": "Hi"}]}, "assistant's own"),
         (400, {**good, "messages": [{"role": "user", "content": 9000 * "one "}]}, "takes 8000 in all"),
-        (400, {**good, "max_tokens": 6001}, "max_tokens 6001: an integer from 1 to 6000"),
+        (400, {**good, "max_tokens": 8001}, "max_tokens 8001: an integer from 1 to 8000"),
         (400, {**good, "max_tokens": 0}, "from 1"), (400, {**good, "temperature": -1}, "temperature -1"),
         (400, {**good, "temperature": float("nan")}, "NaN"), (400, {**good, "temperature": 1e-300}, "0 takes"),
         (400, {**good, "temperature": True}, "true"), (400, {**good, "top_p": 0}, "top_p 0"),
