@@ -89,7 +89,8 @@ def check(hardware, words):
             rows.append(prepare_beforehand(config, number, tokenizer, processes))
     sys.argv[0] = "run_all.sh"
     with exit_on_usage_error():
-        if stages[1][2] == "dpo":
+        sections = [section for _, _, section in stages]
+        if "dpo" in sections and "ppo" in sections:
             raise UsageError("--dpo makes the actor itself, and step 3 would then have no reward "
                              "model. Start the stages by themselves: step1_sft.py, then "
                              "step2_reward.py --dpo.")

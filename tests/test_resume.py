@@ -301,7 +301,10 @@ def test_a_run_of_two_ranks_goes_on_with_one_and_with_four(folder, process_group
         for ranks in (1, 4):
             whole = result(folder / (name + "-whole"))
             resumed = result(folder / f"{name}-{ranks}")
-            for line, expected in zip(resumed[1], whole[1], strict=True):
+            # Samples are rank 0's share alone, which is another with other ranks.
+            numbers = [[line for line in logs if "answer" not in line]
+                       for logs in (resumed[1], whole[1])]
+            for line, expected in zip(*numbers, strict=True):
                 assert line == pytest.approx(expected, rel=1e-3, abs=1e-4), (name, ranks)
             torch.testing.assert_close(resumed[0], whole[0], atol=2e-6, rtol=0)
     named = ("per_device_train_batch_size x gradient_accumulation_steps x processes 4, "

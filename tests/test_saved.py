@@ -310,7 +310,7 @@ def test_run_all_finds_a_finished_model_of_the_last_stage_before_the_first(tmp_p
         run_all.check("cpu", ["step1_sft", *flags, "--", "step3_ppo", *flags])
     assert "actor holds the finished model of an earlier run" in capsys.readouterr().err
     for way_out in ("--resume", "--overwrite_output_dir", "--dry_run"):
-        run_all.check("cpu", ["step3_ppo", *flags, way_out])
+        run_all.check("cpu", ["step1_sft", *flags, "--", "step3_ppo", *flags, way_out])
 
 
 def test_a_model_that_is_not_whole_is_not_done(folder, process_group, capsys):
