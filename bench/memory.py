@@ -12,9 +12,10 @@ its reward model and critic are of OPT-125M's, because 24 GB are not enough for 
 A case is three runs: two steps of PPO with checkpoints, one more after a --resume, and two steps of
 SFT for the sample at its end. Measured: the growth of a process's peak resident memory within a
 moment over what it had after the imports. Of that is taken off what the same runs take with a model
-of next to no weights, because libraries touch their pages late (some 0.2 GB). While models are
-loaded the file that is mapped into memory counts, which the system could drop; so it is added to
-the plan, which leaves it out.
+of next to no weights, because libraries touch their pages late (some 0.2 GB). Where
+models are loaded without ZeRO 3, the file that is mapped into memory counts, which the system could
+drop; so it is added to the plan, which leaves it out, unless the moving average, made later, is
+larger.
 
 What is counted is what is alive: MALLOC_MMAP_THRESHOLD_ gives every tensor of a megabyte its own
 pages, and between two moments the holes in glibc's heap go back to the system. Without either they
@@ -238,10 +239,12 @@ def planned(folder, dtype, processes, more):
         of_stage = memory_plan(models, ds_config, processes, work)[1]
         if stage == "ppo":
             file = 2 * max(parameter_count(model) for model in models.values())  # float16
-            only_first = ds_config["zero_optimization"]["stage"] == 3
-            load = of_stage["load"]
-            load.first += file if only_first else 0
-            load.device += 0 if only_first else file
+            stage_of_zero = ds_config["zero_optimization"]["stage"]
+            average = 0
+            if work.ema:
+                average = 4 * parameter_count(models["actor"]) / (processes if stage_of_zero else 1)
+            if stage_of_zero < 3:
+                of_stage["load"].device += max(0, file - average)
         moments = {**of_stage, **moments}
     return [{name: need.device + need.host + (0 if rank else need.first)
              for name, need in moments.items()} for rank in range(processes)]

@@ -318,8 +318,10 @@ def saving_memory(model, stage, b, devices, averaged, cpu):
     first = 0
     if stage > 0 or not cpu:
         first += b * P  # gathered, copied from the device or out of ZeRO's flat buffers
-    merged = sum(m.weight.numel() for m in model.modules() if isinstance(m, LoRALinear))
-    first += b * merged
+    if stage < 3:
+        # Matrices with their adapters merged, beside the model's own. Under ZeRO 3 they take the
+        # place of what was gathered.
+        first += b * sum(m.weight.numel() for m in model.modules() if isinstance(m, LoRALinear))
     if averaged:
         # The averages by name, in float32 and, where that is another type, as they are written.
         # While they are gathered, the weights that stand in their place are kept.
@@ -416,7 +418,12 @@ def memory_plan(models, ds_config, devices, work):
     if stage == 3:
         # One weight at a time is whole, to be loaded, copied into the decoder, or written.
         gathered = b * max(largest_weight(model) for model in models.values())
-    moments = {"load": Need(at_first + gathered, host, averages_of_first)}
+    # In loading it is there twice, as it was read and as it is shared out. The average of the
+    # weights is made when that is over, in the same memory on a CPU.
+    load_host = host
+    if work.cpu and stage == 3:
+        load_host -= min(averages / devices, 2 * gathered)
+    moments = {"load": Need(at_first + 2 * gathered, load_host, averages_of_first)}
     if stage > 0 or b == 4:
         moments["load"].device -= sum(adam_averages(memory, stage, b)
                                       for memory in parts.values())
