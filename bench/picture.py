@@ -2,8 +2,8 @@
 The picture that opens the README: what RLHF buys, and how it goes wrong. On the left the learned score and gold, the
 exact mark, over the PPO steps of several seeds; on the right a run whose score rises while its gold falls.
 
-    for s in 1 2 3; do bash run_all.sh tiny cpu --seed $s --output_dir seeds/$s; done
-    STEP2_ARGS="--max_steps 150" STEP3_ARGS="--kl_coef 0 --actor_learning_rate 1e-3 --max_steps 50" \\
+    for s in 1 2 1234; do STEP3_ARGS="--eval_steps 10" bash run_all.sh tiny cpu --seed $s --output_dir seeds/$s; done
+    STEP2_ARGS="--max_steps 150" STEP3_ARGS="--kl_coef 0 --actor_learning_rate 1e-3 --max_steps 50 --eval_steps 5" \\
         bash run_all.sh tiny cpu --output_dir hacked
     python bench/picture.py seeds/* --hacked hacked --output bench/results/gold.png      # or .svg; needs matplotlib
 
