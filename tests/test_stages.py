@@ -1,6 +1,7 @@
 """The whole chain by the command a user types, two steps a stage, and what it leaves behind."""
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,10 @@ def test_leaves_the_promised_folders_and_numbers(output):
     seconds = summary["clock"]
     assert list(seconds) == ["step1_sft", "step2_reward", "step3_ppo", "run"]
     assert sum(seconds.values()) - seconds["run"] <= seconds["run"] + 3
-    assert summary["command"].startswith("bash run_all.sh tiny cpu --max_steps 2 ")
+    words = shlex.split(summary["command"])
+    assert words[0] == ("STEP3_ARGS=--per_device_generation_batch_size 8 "
+                        "--per_device_train_batch_size 4 --enable_ema")
+    assert words[1:7] == ["bash", "run_all.sh", "tiny", "cpu", "--max_steps", "2"]
     assert summary["commands"]["ppo"].startswith("python step3_ppo.py --deepspeed_config ")
     assert "=== report: output/report.html\n" in (output.parent / "stdout").read_text()
     assert "State: <span" in (output / "report.html").read_text()
