@@ -127,7 +127,7 @@ class MetricsLog:
         for answer in answers:
             self.samples_file.write(json.dumps({"step": step, **answer.as_dict()}) + "\n")
         if step < self.total_steps:  # at the end the stage says them
-            words = [f"{name[5:]} {value:.3f}" for name, value in numbers.items()]
+            words = [f"{name.removeprefix('eval/')} {value:.3f}" for name, value in numbers.items()]
             print0(f"held-out rows at step {step}: {', '.join(words[:4])} ({seconds:.0f} s)")
         if answers:
             print0(answers[0])
@@ -147,7 +147,7 @@ class MetricsLog:
     def _show(self, step):
         """The live line of a terminal, or now and then a line of a file."""
         now = time.time()
-        trained = now - self.began - self.evaluated
+        trained = max(now - self.began - self.evaluated, 1e-6)  # a clock may be set back
         seconds_a_step = trained / (step - self.done)
         speed = f"{1 / seconds_a_step:.2f} steps/s"
         if seconds_a_step > 1:

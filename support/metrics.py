@@ -20,7 +20,7 @@ import transformers
 from data import Collator, decode_answers, encode_prompts, rank_share
 from hybrid_engine import InferenceEngine
 from support.flags import UsageError
-from support.models import vocabulary_size
+from support.models import last_token, vocabulary_size
 from support.processes import all_sum, mean_over_ranks, to_device
 from support.terminal import watched
 from support.toy import load_gold_mark
@@ -184,8 +184,7 @@ def sample_answers(model, tokenizer, records, config, batch_size=64):
 def has_ended(rollout, eos_token_ids):
     """Rollout -> (B,) bool: which answers end with EOS (an id or several), before their limit."""
     R = rollout.mask.size(1)
-    last = (rollout.mask.sum(1, keepdim=True) - 1).clamp(min=0).long()
-    last_ids = rollout.tokens[:, -R:].gather(1, last).squeeze(1)
+    last_ids = last_token(rollout.tokens[:, -R:], rollout.mask)
     return torch.isin(last_ids, torch.tensor(eos_token_ids, device=last_ids.device))
 
 

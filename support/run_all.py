@@ -84,8 +84,13 @@ def check(hardware, words):
             check_models(config, base)
             if number == 3:
                 check_sharing_of_weights(config, hardware)
-            # The tokenizer is that of the first model, which the stages save with their own.
-            tokenizer = load_tokenizer(base, config.chat_template)
+            # A stage saves the tokenizer of its own start with its model, so the model that is not
+            # there yet will have the first one's.
+            start = getattr(config, "model_name_or_path", "") or getattr(
+                config, "actor_model_name_or_path", "")
+            if not start or Path(config.output_dir) in Path(start).parents:
+                start = base
+            tokenizer = load_tokenizer(start, config.chat_template)
             rows.append(prepare_beforehand(config, number, tokenizer, processes))
     sys.argv[0] = "run_all.sh"
     with exit_on_usage_error():

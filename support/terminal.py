@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 
 SECONDS_BETWEEN = 0.1  # because a terminal over a network is slow
 
@@ -20,6 +21,13 @@ def is_terminal():
     return is_rank0 and sys.stdout is not None and sys.stdout.isatty()
 
 
+def write(text):
+    """To the terminal. One that is gone, with the connection to its host, ends no run."""
+    with suppress(OSError):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
 def show_live(text, force=False):
     """
     Writes the live line, cut to the terminal's width, at most ten times a second unless forced.
@@ -31,8 +39,7 @@ def show_live(text, force=False):
     last_time = now
     # One column stays free, because some terminals begin a new line behind a full one.
     columns = shutil.get_terminal_size().columns
-    sys.stdout.write(f"\r{text[:columns - 1]}\x1b[K")
-    sys.stdout.flush()
+    write(f"\r{text[:columns - 1]}\x1b[K")
     shown = True
 
 
@@ -40,7 +47,7 @@ def clear_live():
     """Takes the live line away, before anything else is printed."""
     global shown
     if shown:
-        sys.stdout.write("\r\x1b[K")
+        write("\r\x1b[K")
         shown = False
 
 
@@ -48,7 +55,7 @@ def keep_live():
     """The live line stays as it is, and what follows stands below."""
     global shown
     if shown:
-        sys.stdout.write("\n")
+        write("\n")
         shown = False
 
 

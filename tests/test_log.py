@@ -23,6 +23,7 @@ import step1_sft
 import step2_reward
 import step3_ppo
 from conftest import ROOT, clean_environment
+from support import terminal
 from support.checkpoints import checksum
 from support.log import MetricsLog, place_in_run
 from support.metrics import Answer, has_ended
@@ -207,6 +208,21 @@ def test_the_live_line_of_a_terminal(columns, folder, tmp_path):
     assert len([row for row in rows if row.startswith("sft 1/3")]) == 1
     assert [row for row in rows if row.startswith("held-out rows at step 10: perplexity ")]
     assert not any(row.startswith("step   ") for row in rows)  # the lines of a file
+
+
+def test_a_terminal_that_is_gone_ends_no_run(monkeypatch):
+    class Gone:
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sys, "stdout", Gone())
+    terminal.show_live("step 1", force=True)
+    terminal.clear_live()
+    terminal.show_live("step 2", force=True)
+    terminal.keep_live()
 
 
 def test_a_file_has_no_live_line(folder, run_script):
