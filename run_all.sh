@@ -35,14 +35,14 @@ case " $* " in *" --dry_run"*) dry_run=1 ;; *) dry_run= ;; esac  # plans, asks n
 case " $* " in *" --verbose"*) quiet= ;; *) quiet=--quiet ;; esac  # what DeepSpeed's launcher says
 
 # -----------------------------------------------------------------------------
-# hardware: how DeepSpeed starts the processes
+# hardware: how the processes are started. One needs no launcher, because DeepSpeed's takes as long to start as a stage
 
 case $hardware in
-  cpu)       launch=(deepspeed $quiet --num_accelerators 1)
+  cpu)       launch=(python3)
              export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=  # on a machine with GPUs too
              # idle OpenMP threads soon sleep: where other programs run, spinning ones make this 4 to 50 times slower
              export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-1000} ;;
-  1gpu)      launch=(deepspeed $quiet --num_gpus 1) ;;
+  1gpu)      launch=(python3) ;;
   1node)     launch=(deepspeed $quiet) ;;
   multinode) hostfile=${HOSTFILE:-/job/hostfile}
              [ -e "$hostfile" ] || [ $dry_run ] || stop "multinode needs a hostfile with lines like 'host1 slots=8'; name it in HOSTFILE"
@@ -177,12 +177,13 @@ hand_out() {  # a model: to hosts that do not see this host's $out, told by the 
 # the three stages; the first that fails ends the run
 
 config=(--deepspeed_config "$here/configs/$hardware.json")
-if [ "$hardware" != multinode ]; then  # a port of its own, so that two runs on one host do not meet
+if [ "$hardware" = 1node ]; then  # a port of its own, so that two runs on one host do not meet
   launch+=(--master_port "$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')")
 fi
 hand_on() {  # a SIGTERM, to the children of the launcher's child: the ranks, which save. The launcher would kill a rank that
   # needs more than 30 s for it. Before there are ranks, and where they are on other hosts, it goes to the launcher's child.
   local child ranks=
+  [ "${launch[0]}" = deepspeed ] || { kill "$1" 2> /dev/null; return; }  # the rank itself
   child=$(cat "/proc/$1/task/$1/children" 2> /dev/null)
   [ -n "${hosts:-}" ] || [ -z "$child" ] || ranks=$(cat /proc/${child%% *}/task/${child%% *}/children 2> /dev/null)
   kill ${ranks:-${child:-$1}} 2> /dev/null
@@ -231,11 +232,11 @@ step2=("${config[@]}" --model_name_or_path "$critic" $data $reward "$@" ${STEP2_
 step3=("${config[@]}" --actor_model_name_or_path "$out/sft" --critic_model_name_or_path "$out/reward" $data $ppo "$@" ${STEP3_ARGS:-})
 
 # a wrong flag of the last stage, data that it cannot use, or too little memory must not show after the hours of the first
-run_all() { PYTHONPATH=$here "$python" -P -m support.run_all "$@"; }  # -P: not this working directory's modules
+support() { PYTHONPATH=$here "$python" -P -m "support.$1" "${@:2}"; }  # -P: not this working directory's modules
 stages=(step1_sft "${step1[@]}" -- step2_reward "${step2[@]}" -- step3_ppo "${step3[@]}")
-[ -z "$dry_run" ] || { run_all plan "$hardware" "${stages[@]}"; exit; }
+[ -z "$dry_run" ] || { support run_all plan "$hardware" "${stages[@]}"; exit; }
 echo "run_all.sh: checking the flags, the data and the memory of all stages"
-work=$(run_all check "$hardware" "${stages[@]}") clock=()
+work=$(support run_all check "$hardware" "${stages[@]}") clock=()
 
 stage step1_sft "${step1[@]}"
 hand_out sft
@@ -246,6 +247,6 @@ stage step3_ppo "${step3[@]}"
 # -----------------------------------------------------------------------------
 # the numbers, from output/summary.json
 
-run_all table "$out/summary.json" "${clock[@]}" $SECONDS
+support table "$out/summary.json" "${clock[@]}" $SECONDS
 report
 echo; echo "Talk to it: $python chat.py --path $out/actor"

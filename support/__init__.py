@@ -22,5 +22,5 @@ upper floor, which stands on data.py and hybrid_engine.py
     runs, plots       what it reads, and what it draws
     plan              memory at each moment of a stage, and its FLOP, from shapes
     dry_run           --dry_run: does it fit, what does, hours and dollars
-    run_all           what run_all.sh needs Python for: checks, plans, the table of results
+    run_all, table    what run_all.sh needs Python for: checks and plans, the table of results
 """

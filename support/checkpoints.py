@@ -50,10 +50,11 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from safetensors import SafetensorError, safe_open
 
 from support.flags import UsageError, first_line
-from support.metrics import STAGES, write_json, write_summary
+from support.metrics import STAGES, write_summary
 from support.model_card import write_model_cards
 from support.processes import (all_sum, compute_dtype, deepspeed_settings, on_rank0, print0,
                                raise_on_all_ranks, seed_everything)
+from support.runs import write_json
 
 
 # -----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from hybrid_engine import InferenceEngine
 from support.flags import UsageError
 from support.models import last_token, vocabulary_size
 from support.processes import all_sum, mean_over_ranks, to_device
+from support.runs import write_json
 from support.terminal import watched
 from support.toy import load_gold_mark
 
@@ -68,15 +69,6 @@ def memory_gb():
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts kilobytes
-
-
-def write_json(path, value):
-    """Atomic: a reader sees the old file or the new one, never half of either."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def write_summary(config, section, values, model, **others):

@@ -3,15 +3,13 @@ What run_all.sh needs Python for:
 
     python -m support.run_all check 1gpu step1_sft FLAGS -- step2_reward FLAGS -- step3_ppo FLAGS
     python -m support.run_all plan 1gpu step1_sft FLAGS -- step2_reward FLAGS -- step3_ppo FLAGS
-    python -m support.run_all table output/summary.json 280 170 150 615
 
 `check` prints the planned work of each stage, in hours of a device, and says the rest on standard
-error; `table` gets the seconds of the three stages by the clock, and those of the whole run.
+error.
 """
 
 import dataclasses
 import importlib
-import json
 import os
 import re
 import sys
@@ -25,7 +23,6 @@ from support.checkpoints import refuse_to_overwrite
 from support.dry_run import (GB, host_memory, plan_stage, planned_cost, print_cost, print_plan,
                              verdict)
 from support.flags import UsageError, exit_on_usage_error, parse_config
-from support.metrics import write_json
 from support.models import check_positions, read_config
 from support.plan import planned_models
 from support.processes import deepspeed_settings
@@ -221,29 +218,6 @@ def check_sharing_of_weights(config, hardware):
                          "the weights; leave the flag out.")
 
 
-def table(path, clock):
-    """
-    Prints the headline numbers of a run, and keeps the seconds by the clock in its summary.
-
-    clock  seconds of each stage, launching and importing with it, and of the whole run
-    """
-    summary = json.loads(Path(path).read_text())
-    summary["clock"] = dict(zip([*SECTIONS, "run"], clock))
-    write_json(path, summary)
-    about = f"{summary['model']} on {summary['hardware']}, seed {summary['seed']}"
-    print(f"\n{'stage':<8}{'seconds':>9}   held-out result        ({about})")
-    shown = {"sft": ("perplexity", "gold"), "reward": ("accuracy",), "ppo": ("score", "kl", "gold")}
-    for section, names in shown.items():
-        numbers = summary[section]
-        results = [f"{name} {numbers[name]:.3f}" for name in names if name in numbers]
-        print(f"{section:<8}{numbers['seconds']:>9.0f}   {'   '.join(results)}")
-    print(f"{'all':<8}{clock[-1]:>9.0f}   by the clock, with checks, launching and importing")
-
-
 if __name__ == "__main__":
-    if sys.argv[1] == "check":
-        check(sys.argv[2], sys.argv[3:])
-    elif sys.argv[1] == "plan":
-        plan_all(sys.argv[2], sys.argv[3:])
-    else:
-        table(sys.argv[2], [int(word) for word in sys.argv[3:]])
+    what = {"check": check, "plan": plan_all}[sys.argv[1]]
+    what(sys.argv[2], sys.argv[3:])

@@ -4,6 +4,7 @@ support/report.py and bench/ show it.
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def read_json(path):
         raise RunError(f"{path} holds no JSON object, as the stages write it; mend it, or move it "
                        "away to go on without it.")
     return value
+
+
+def write_json(path, value):
+    """Atomic: a reader sees the old file or the new one, never half of either."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def read_lines(path):

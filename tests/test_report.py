@@ -465,15 +465,15 @@ def test_frontier_and_picture_read_evaluations(tmp_path):
 
 @pytest.mark.parametrize("torn", [False, True], ids=["report", "no-report"])
 def test_run_all_reports_on_a_stage_that_failed(torn, tmp_path):
-    """The launcher is a stand-in that fails after some steps; a report that cannot be made is one line."""
+    """The stage is a stand-in that fails after some steps; a report that cannot be made is one line."""
     make_run(tmp_path / "output")
     if torn:
         broken_line(tmp_path / "output")
     (tmp_path / "bin").mkdir()
-    python = f'#!/bin/sh\ncase "$*" in *report.py*) exec {sys.executable} "$@" ;; *) echo 29500 ;; esac\n'
-    for name, script in (("deepspeed", "#!/bin/sh\nexit 3\n"), ("python3", python)):
-        (tmp_path / "bin" / name).write_text(script)
-        (tmp_path / "bin" / name).chmod(0o755)
+    python = tmp_path / "bin/python3"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *report.py*) exec {sys.executable} "$@" ;; '
+                      '*/step1_sft.py*) exit 3 ;; esac\n')
+    python.chmod(0o755)
     done = subprocess.run(
         ["bash", ROOT / "run_all.sh", "tiny", "cpu"], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, timeout=60,

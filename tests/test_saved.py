@@ -137,30 +137,35 @@ def test_after_the_last_step_the_model_is_saved_first(moment, folder, process_gr
     assert "done already" in capsys.readouterr().out
 
 
-# What DeepSpeed's launcher starts, in small: a child, and below it a rank. The child notes a signal
-# that it gets itself, and hands on the rank's exit code.
+# A rank in small, and what DeepSpeed's launcher starts: a child, and below it a rank. The child notes
+# a signal that it gets itself, and hands on the rank's exit code.
+RANK = """#!/bin/bash
+case "$*" in *step1_sft.py*) ;; *) echo 29500; exit ;; esac
+trap "echo the rank saves; sleep 1; exit CODE" TERM
+touch running
+for i in {1..300}; do sleep 0.1; done
+"""
 LAUNCHER = """#!/bin/bash
 bash -c 'trap "echo the child was told" TERM
-         bash -c "trap \\"echo the rank saves; sleep 1; exit CODE\\" TERM
-                  touch running; for i in {1..300}; do sleep 0.1; done" &
+         python3 step1_sft.py &
          wait $!; wait $!; exit $?'
 exit $?
 """
 
 
+@pytest.mark.parametrize("hardware", ["cpu", "1node"])  # without the launcher, and with it
 @pytest.mark.parametrize("rank_code, code, said", [
     (143, 143, "run_all.sh: step1_sft.py was stopped; the same line with --resume goes on"),
     (2, 2, "run_all.sh: error: step1_sft.py failed; its last lines above say why")],
     ids=["saved", "could-not-save"])
-def test_run_all_hands_a_signal_to_the_ranks_and_says_so(rank_code, code, said, tmp_path):
+def test_run_all_hands_a_signal_to_the_ranks_and_says_so(hardware, rank_code, code, said, tmp_path):
     """Twice, because an impatient scheduler may. Exit code 2 of a rank: it could not save."""
     (tmp_path / "bin").mkdir()
-    launcher = LAUNCHER.replace("CODE", str(rank_code))
-    for name, text in (("deepspeed", launcher), ("python3", "#!/bin/sh\necho 29500\n")):
+    for name, text in (("deepspeed", LAUNCHER), ("python3", RANK.replace("CODE", str(rank_code)))):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     environment = {**clean_environment(), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    run = subprocess.Popen(["bash", ROOT / "run_all.sh", "tiny", "cpu"], cwd=tmp_path, text=True,
+    run = subprocess.Popen(["bash", ROOT / "run_all.sh", "tiny", hardware], cwd=tmp_path, text=True,
                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     while not (tmp_path / "running").exists():
         time.sleep(0.05)
