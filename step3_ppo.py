@@ -422,7 +422,7 @@ class Experience:
     tokens: torch.Tensor          # (B, P + R) int64: prompts left-padded, responses right-padded
     attention_mask: torch.Tensor  # (B, P + R) int64: 1 on what is real
     mask: torch.Tensor            # (B, R) 1 on response tokens up to and including EOS
-    logprobs: torch.Tensor        # (B, R) nats, of the policy that sampled, by the training forward
+    logprobs: torch.Tensor        # (B, R) nats, of the policy that sampled
     ref_logprobs: torch.Tensor    # (B, R) nats
     values: torch.Tensor | None   # (B, R) the critic's V of the state before each token
     scores: torch.Tensor          # (B,)   the rewards' weighted sum
@@ -479,6 +479,11 @@ class DeepSpeedPPOTrainer:
         self.kl_coef = args.kl_coef
         self.iterations = 0
         self.metrics = {}
+        # In float32 the sampler's log-probabilities are the training forward's but for rounding
+        # (response/logprob_drift), which saves a forward of the actor. In bf16 the two differ so
+        # much that the first ratio would not be 1, and with top_p they are of two distributions.
+        dtype = next(engine.actor.parameters()).dtype
+        self.sampler_is_exact = dtype == torch.float32 and args.top_p == 1
 
     # -------------------------------------------------------------------------
     # first half: answers, and what they earned
@@ -509,7 +514,7 @@ class DeepSpeedPPOTrainer:
         penalised = scores - args.missing_eos_penalty * (1 - ended)
 
         # 3. Actor and reference say how likely each token was, the critic what it expects.
-        logprobs, ref_logprobs, entropy = self.actor_and_ref_logprobs(tokens, attention_mask, mask)
+        logprobs, ref_logprobs = self.actor_and_ref_logprobs(rollout, attention_mask)
         values = self.critic_values(tokens, attention_mask, mask) if self.models.critic else None
 
         # 4. Every token gets a reward, and from the rewards an advantage.
@@ -519,10 +524,9 @@ class DeepSpeedPPOTrainer:
         # 5. Numbers for the log.
         sums = Sums()
         sums.add(rows=len(tokens), tokens=mask.sum(), kl=(logprobs - ref_logprobs).sum(),
-                 entropy=entropy.sum(), scores=scores.sum(), penalised=penalised.sum(),
-                 ended=ended.sum())
+                 scores=scores.sum(), penalised=penalised.sum(), ended=ended.sum())
         sums.add(**{f"scores/{name}": score.sum() for name, score in scores_by_name.items()})
-        if args.top_p == 1:  # else the sampler's probabilities are of another distribution
+        if args.top_p == 1 and not self.sampler_is_exact:
             sums.add(drift=((logprobs - rollout.logprobs).abs() * mask).sum())
         self.metrics = self.rollout_metrics(sums.over_ranks(), scores_by_name)
         self.metrics["time/generate"] = generated - began
@@ -589,14 +593,19 @@ class DeepSpeedPPOTrainer:
         [scores] = self.in_micro_batches(forward, rollout.tokens, attention_mask, rollout.mask)
         return scores
 
-    def actor_and_ref_logprobs(self, tokens, attention_mask, mask):
-        """-> logprobs, ref_logprobs, entropy: (B, R) float32, nats, by the training forward."""
-        def forward(*inputs):
-            logprobs, entropy = self.models.actor(*inputs, self.args.temperature)
-            ref_logprobs, _ = self.models.ref(*inputs, self.args.temperature)
-            return logprobs, ref_logprobs, entropy
+    def actor_and_ref_logprobs(self, rollout, attention_mask):
+        """
+        -> logprobs, ref_logprobs: (B, R) float32, nats, by the training forward; the actor's by the
+        sampler where it is exact.
+        """
+        models = [self.models.ref] if self.sampler_is_exact else [self.models.ref, self.models.actor]
 
-        return self.in_micro_batches(forward, tokens, attention_mask, mask)
+        def forward(*inputs):
+            return [model(*inputs, self.args.temperature)[0] for model in models]
+
+        ref_logprobs, *logprobs = self.in_micro_batches(
+            forward, rollout.tokens, attention_mask, rollout.mask)
+        return logprobs[0] if logprobs else rollout.logprobs * rollout.mask, ref_logprobs
 
     def rewards(self, scores, logprobs, ref_logprobs, mask):
         """(B, R): shape_rewards with the KL coefficient of now; preflight asks for them too."""
@@ -660,7 +669,6 @@ class DeepSpeedPPOTrainer:
             "objective/scores": total["scores"] / rows,
             # score - missing_eos_penalty (where there is no EOS) - beta KL, which is maximised
             "objective/rlhf_reward": (total["penalised"] - self.kl_coef * total["kl"]) / rows,
-            "objective/entropy": total["entropy"] / tokens,
             "response/length": tokens / rows,
             "response/ended": total["ended"] / rows,
         }
@@ -778,12 +786,17 @@ class DeepSpeedPPOTrainer:
 
     def policy_loss(self, x, sums):
         """PPO's loss of an Experience, summed over its tokens; statistics into sums."""
-        logprobs, _ = self.models.actor(x.tokens, x.attention_mask, x.mask, self.args.temperature)
+        logprobs, entropy = self.models.actor(
+            x.tokens, x.attention_mask, x.mask, self.args.temperature)
         loss, clipped, approxkl = ppo_actor_loss(logprobs, x.logprobs, x.advantages, x.mask,
                                                  self.args.cliprange)
         log_ratio = (logprobs.detach() - x.logprobs).clamp(-20, 20)  # as in the loss
         ratio = (log_ratio.exp() * x.mask).sum()
-        sums.add(clipped=clipped, approxkl=approxkl, ratio=ratio, tokens=x.mask.sum())
+        sums.add(clipped=clipped, approxkl=approxkl, ratio=ratio, entropy=entropy.sum(),
+                 tokens=x.mask.sum())
+        if self.sampler_is_exact and "updates" not in sums:
+            # Until the first step the trainer's policy is the one that sampled.
+            sums.add(drift=(log_ratio.abs() * x.mask).sum(), drift_tokens=x.mask.sum())
         if self.args.advantage == "grpo":
             loss = loss + self.kl_coef * kl_loss_k3(logprobs, x.ref_logprobs, x.mask)
         return loss
@@ -814,11 +827,14 @@ class DeepSpeedPPOTrainer:
         tokens = total["tokens"]
         ptx = total.get("text_nats", 0.0) / max(total.get("text_tokens", 0.0), 1)
         metrics = {
+            "objective/entropy": total["entropy"] / tokens,
             "ppo/loss/policy": mean_actor_loss - self.args.unsup_coef * ptx,
             "ppo/policy/clipfrac": total["clipped"] / tokens,
             "ppo/policy/approxkl": total["approxkl"] / tokens,
             "ppo/policy/ratio": total["ratio"] / tokens,
         }
+        if "drift" in total:
+            metrics["response/logprob_drift"] = total["drift"] / total["drift_tokens"]
         if "text_nats" in total:
             metrics["ppo/loss/ptx"] = ptx
         if self.models.critic:
@@ -884,8 +900,7 @@ def evaluate(trainer, dataloader, gold_mark, before=None):
     found = []
     for number, batch in enumerate(watched(dataloader, "answers to held-out prompts"), 1):
         rollout, attention_mask = trainer.respond(batch, 1, call=-number)
-        logprobs, ref_logprobs, _ = trainer.actor_and_ref_logprobs(
-            rollout.tokens, attention_mask, rollout.mask)
+        logprobs, ref_logprobs = trainer.actor_and_ref_logprobs(rollout, attention_mask)
         _, scores = trainer.score(rollout, attention_mask, batch["records"])
         texts = decode_answers(models.tokenizer, rollout)
         ended = has_ended(rollout, models.eos_token_ids).tolist()

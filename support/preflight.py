@@ -176,7 +176,7 @@ def check_logprobs(trainer, x, noise):
     second, _ = actor(*inputs)
     between_forwards = distance(first, second, x.mask)
     from_old = distance(first, x.logprobs, x.mask)
-    from_ref = distance(x.logprobs, x.ref_logprobs, x.mask)
+    from_ref = distance(first, x.ref_logprobs, x.mask)
     # There is no drift with --top_p, because its samples come from another distribution.
     from_sampler = max(from_old, trainer.metrics.get("response/logprob_drift", 0.0))
 

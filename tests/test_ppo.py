@@ -70,9 +70,9 @@ def test_first_update_has_ratio_one_and_no_kl(trainer, pad_is_eos):
     x = trainer.generate_experience(ragged_prompts(trainer))
     assert 1 < x.mask.sum(1).unique().numel(), "the responses should be ragged"
     torch.testing.assert_close(x.ref_logprobs * x.mask, x.logprobs * x.mask, atol=1e-5, rtol=0)
+    trainer.train_rlhf(x)
     # the decoder's own log-probabilities are the training forward's
     assert trainer.metrics["response/logprob_drift"] < 1e-5
-    trainer.train_rlhf(x)
     assert trainer.metrics["ppo/policy/ratio"] == pytest.approx(1, abs=1e-5)
     assert trainer.metrics["ppo/policy/clipfrac"] == 0
     if pad_is_eos:

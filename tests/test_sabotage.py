@@ -286,17 +286,14 @@ def test_preflight_names(sabotage, named, flags, tmp_path, monkeypatch):
 
 def test_the_doctor_names_stale_log_probabilities(flags, tmp_path, monkeypatch):
     """
-    Old log-probabilities from the weights of the start: right before the first update, and further
-    off after each.
+    Answers, and their log-probabilities, from the weights of the start: right before the first
+    update, and further off after each.
     """
     generate_experience = step3_ppo.DeepSpeedPPOTrainer.generate_experience
 
     def stale(self, prompt_batch):
-        actor, self.models.actor = self.models.actor, self.models.ref
-        try:
-            return generate_experience(self, prompt_batch)
-        finally:
-            self.models.actor = actor
+        self.models.generator.model = self.models.ref.model
+        return generate_experience(self, prompt_batch)
 
     monkeypatch.setattr(step3_ppo.DeepSpeedPPOTrainer, "generate_experience", stale)
     assert "old log-probabilities are of an older policy" in ppo(flags, tmp_path, max_steps=10)

@@ -101,6 +101,7 @@ class Given(torch.nn.Module):
     def __init__(self, numbers):
         super().__init__()
         self.numbers = numbers
+        self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, tokens, attention_mask, mask=None, temperature=1.0):
         rows, first = rows_of(tokens, attention_mask)
@@ -132,7 +133,7 @@ class GivenAnswers:
 
 
 def stand_ins(tokenizer, **flags):
-    """A trainer of stand-ins."""
+    """A trainer of stand-ins, which takes old log-probabilities from the training forward."""
     args = step3_ppo.Config(**{**FLAGS, **flags})
     scorers = {"model": Given(SCORES), "mark": lambda records, answers: torch.tensor(records)}
     engine = types.SimpleNamespace(
@@ -140,7 +141,9 @@ def stand_ins(tokenizer, **flags):
         generator=GivenAnswers(), tokenizer=tokenizer, eos_token_ids=EOS_IDS, ema=None)
     if args.advantage != "gae":
         engine.critic = None
-    return DeepSpeedPPOTrainer(engine, args)
+    trainer = DeepSpeedPPOTrainer(engine, args)
+    trainer.sampler_is_exact = False
+    return trainer
 
 
 def prompts(*rows, weight=None):
@@ -210,7 +213,6 @@ def check_rollout(trainer, own_rows, all_rows, advantage):
         return sum(float(number_of(row)) for row in all_rows) / len(all_rows)
 
     tokens = sum(LENGTHS[row] for row in all_rows)
-    entropy = (POLICY.double().square() * MASK)[all_rows].sum().item()
     expected = {
         "objective/kl": mean_over_rows(lambda row: log_ratios(row).sum()),
         "objective/kl_coef": 0.5,
@@ -219,7 +221,6 @@ def check_rollout(trainer, own_rows, all_rows, advantage):
         "objective/scores/mark": mean_over_rows(lambda row: MARKS[row]),
         "objective/rlhf_reward": mean_over_rows(
             lambda row: score(row) - penalty(row) - 0.5 * log_ratios(row).sum()),
-        "objective/entropy": entropy / tokens,
         "response/length": tokens / len(all_rows),
         "response/ended": mean_over_rows(lambda row: row not in WITHOUT_EOS),
         "response/logprob_drift": 0.25,
@@ -236,6 +237,32 @@ def test_a_rollout_is_what_it_is_by_hand(tokenizer, advantage):
     """Rewards, whitened advantages, value targets, every metric; the answers have 1 to 4 tokens."""
     rows = [0, 1, 2, 3]
     check_rollout(stand_ins(tokenizer, advantage=advantage), rows, rows, advantage)
+
+
+@pytest.mark.parametrize("flags, dtype, exact", [
+    ({}, torch.float32, True), ({}, torch.bfloat16, False), ({"top_p": 0.6}, torch.float32, False)])
+def test_where_the_samplers_log_probabilities_are_taken(tokenizer, monkeypatch, flags, dtype, exact):
+    """In float32 and of the whole distribution. The drift is then measured before the first step."""
+    engine = stand_ins(tokenizer, **flags).models
+    engine.actor.to(dtype)
+    trainer = DeepSpeedPPOTrainer(engine, step3_ppo.Config(**{**FLAGS, **flags}))
+    rows = [0, 1, 2, 3]
+    x = trainer.generate_experience(prompts(0, 2))
+    expected = SAMPLED if exact else POLICY / 0.8
+    torch.testing.assert_close(x.logprobs, (expected * MASK)[rows], rtol=0, atol=1e-6)
+    kl = ((expected - REFERENCE / 0.8) * MASK)[rows].sum().item() / 4
+    assert trainer.metrics["objective/kl"] == pytest.approx(kl, rel=1e-5)
+    held = evaluate(trainer, [prompts(0, 1, 2, 3)], None)
+    assert held.numbers["kl"] == pytest.approx(kl, rel=1e-5)
+
+    def train_step(engine, micro_batches, loss_sum, count):
+        return float(sum(loss_sum(x) for x in micro_batches) / count), 0.5
+
+    monkeypatch.setattr(step3_ppo, "train_step", train_step)
+    if exact:
+        assert "response/logprob_drift" not in trainer.metrics
+    trainer.train_rlhf(x)
+    assert trainer.metrics.get("response/logprob_drift") == (None if flags else pytest.approx(0.25))
 
 
 def test_the_sampler_is_told_every_flag(tokenizer):
@@ -366,6 +393,7 @@ def check_update(trainer, patch, own_rows, all_rows):
     assert 0 < clipped.mean() < 1
     assert 0 < clipped_values.mean() < 1
     expected = {
+        "objective/entropy": tokens_of(all_rows, POLICY).square().mean().item(),
         "ppo/loss/policy": sum(actor_means) / 6,
         "ppo/loss/value": sum(critic_means) / 6,
         "ppo/policy/clipfrac": clipped.mean().item(),
@@ -377,7 +405,8 @@ def check_update(trainer, patch, own_rows, all_rows):
         "ppo/val/grad_norm": 0.5,
         "ppo/returns/mean": G.mean().item(),
     }
-    found = {name: value for name, value in trainer.metrics.items() if name.startswith("ppo/")}
+    found = {name: value for name, value in trainer.metrics.items()
+             if name.startswith("ppo/") or name == "objective/entropy"}
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
     # Prompts count among the tokens read, and all three parts of a step among its seconds.
