@@ -598,7 +598,9 @@ class DeepSpeedPPOTrainer:
         -> logprobs, ref_logprobs: (B, R) float32, nats, by the training forward; the actor's by the
         sampler where it is exact.
         """
-        models = [self.models.ref] if self.sampler_is_exact else [self.models.ref, self.models.actor]
+        models = [self.models.ref]
+        if not self.sampler_is_exact:
+            models.append(self.models.actor)
 
         def forward(*inputs):
             return [model(*inputs, self.args.temperature)[0] for model in models]

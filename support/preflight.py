@@ -61,8 +61,9 @@ def preflight(trainer, dataloader, records, total_steps):
         batch = next(iter(dataloader))
         x = trainer.generate_experience(batch)
         sentences = {"text": check_text(models, batch, args)}
-        sentences.update(check_logprobs(trainer, x, noise))
-        sentences["padding"] = check_padding(models, x, noise)
+        few = some_rows(x)
+        sentences.update(check_logprobs(trainer, few, noise))
+        sentences["padding"] = check_padding(models, few, noise)
         sentences["rewards"] = check_rewards(trainer, x)
         sentences["ending"] = check_ending(trainer, records)
         sentences["preference"], certain = check_preference(models, records, args)
@@ -101,6 +102,12 @@ def undisturbed(trainer):
             vars(trainer).update(attributes)
             for module, mode in modes:
                 module.training = mode
+
+
+def some_rows(x):
+    """An Experience -> 8 to 15 of its rows, of all lengths, because a wrong forward is wrong in all."""
+    by_length = x.attention_mask.sum(1).argsort(stable=True)
+    return x.take(by_length[::max(1, len(by_length) // 8)])
 
 
 def distance(a, b, mask):
@@ -313,7 +320,7 @@ def check_ending(trainer, records):
 
 def read_answers(models, records, args):
     """
-    The actor reads up to 64 held-out answers, and the first halves of them -> None where there are
+    The actor reads up to 32 held-out answers, and the first halves of them -> None where there are
     none, or over all ranks
 
     nats        mean of -log p of an answer's tokens, its EOS included
@@ -321,7 +328,7 @@ def read_answers(models, records, args):
     eos_inside  mean probability of an end after half of the answer
     fits        share of the answers that are no longer than --max_answer_seq_len
     """
-    answered = [record for record in records if record.chosen][:64]
+    answered = [record for record in records if record.chosen][:32]
     if not answered:
         return None
     eos = models.tokenizer.eos_token_id
@@ -333,6 +340,8 @@ def read_answers(models, records, args):
     if not items:
         return None
 
+    # The answer's own EOS is among its tokens; other ends take a forward each.
+    ends = set(models.eos_token_ids)
     sums = Sums()
     for batch in own_batches(items, args):
         whole = [item["input_ids"] for item in batch]
@@ -351,11 +360,14 @@ def read_answers(models, records, args):
         from_end = torch.arange(int(counts.max())).flip(0)
         mask = (from_end < counts[:, None]).float()
         logprobs, _ = models.actor(ids.to(device()), attention_mask.to(device()), mask.to(device()))
+        eos_after = probability_of_end(models, whole, ends - {eos})
+        if eos in ends:
+            eos_after = eos_after + logprobs[:, -1].exp()
         on_device = weight.to(device())
         fits = counts <= args.max_answer_seq_len
         sums.add(nats=-(logprobs.sum(1) * on_device).sum(), tokens=(counts * weight).sum(),
-                 eos_after=(probability_of_end(models, whole) * on_device).sum(),
-                 eos_inside=(probability_of_end(models, halves) * on_device).sum(),
+                 eos_after=(eos_after * on_device).sum(),
+                 eos_inside=(probability_of_end(models, halves, ends) * on_device).sum(),
                  fits=(fits * weight).sum(), answers=weight.sum())
 
     total = sums.over_ranks()
@@ -366,13 +378,13 @@ def read_answers(models, records, args):
             "fits": total["fits"] / answers}
 
 
-def probability_of_end(models, rows):
+def probability_of_end(models, rows, ends):
     """
     Lists of ids, each ending with an EOS -> (N,): the actor's probability, where that EOS stands,
-    of any of the tokens that end a rollout.
+    of any of `ends`, a set of ids; 0 of none.
     """
-    total = 0.0
-    for end in set(models.eos_token_ids):
+    total = torch.zeros(len(rows), device=device())
+    for end in ends:
         ids, attention_mask = pad([[*row[:-1], end] for row in rows], end, "left")
         only_last = torch.ones(len(rows), 1, device=device())
         logprobs, _ = models.actor(ids.to(device()), attention_mask.to(device()), only_last)
@@ -382,7 +394,8 @@ def probability_of_end(models, rows):
 
 def check_preference(models, records, args):
     """
-    Up to 128 held-out pairs, on which a coin gives 0.5 +- 0.04.
+    Up to 128 held-out pairs, on which a coin gives 0.5 +- 0.04, and from 32 on as many as it takes to
+    be three standard deviations above it.
 
     returns  a sentence where the reward model might be a coin, or None; and whether that is
              certain, because it is not above 0.5
@@ -404,9 +417,11 @@ def check_preference(models, records, args):
         chosen, rejected = last_token(values, batch["attention_mask"]).chunk(2)
         wins = (chosen > rejected).float() + 0.5 * (chosen == rejected).float()
         sums.add(wins=(wins * batch["weight"]).sum(), pairs=batch["weight"].sum())
-    total = sums.over_ranks()
-    count = total["pairs"]
-    accuracy = total["wins"] / count
+        total = sums.over_ranks()
+        count = total["pairs"]
+        accuracy = total["wins"] / count
+        if count >= 32 and accuracy >= 0.5 + 1.5 / count**0.5:
+            break
 
     # With fewer than 32 pairs hardly anything can be told, so only what is worse than a coin is
     # spoken of.
