@@ -105,7 +105,7 @@ def undisturbed(trainer):
 
 
 def some_rows(x):
-    """An Experience -> 8 to 15 of its rows, of all lengths, because a wrong forward is wrong in all."""
+    """An Experience -> 8 to 15 of its rows, of all lengths. A wrong forward is wrong in each."""
     by_length = x.attention_mask.sum(1).argsort(stable=True)
     return x.take(by_length[::max(1, len(by_length) // 8)])
 
@@ -394,8 +394,8 @@ def probability_of_end(models, rows, ends):
 
 def check_preference(models, records, args):
     """
-    Up to 128 held-out pairs, on which a coin gives 0.5 +- 0.04, and from 32 on as many as it takes to
-    be three standard deviations above it.
+    Up to 128 held-out pairs, on which a coin gives 0.5 +- 0.04, and fewer, but 32 or more, where the
+    model is three standard deviations above it by then.
 
     returns  a sentence where the reward model might be a coin, or None; and whether that is
              certain, because it is not above 0.5
