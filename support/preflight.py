@@ -394,8 +394,8 @@ def probability_of_end(models, rows, ends):
 
 def check_preference(models, records, args):
     """
-    Up to 128 held-out pairs, on which a coin gives 0.5 +- 0.04, and fewer, but 32 or more, where the
-    model is three standard deviations above it by then.
+    Up to 128 held-out pairs, on which a coin gives 0.5 +- 0.04. From 32 on, three standard
+    deviations above a coin are enough.
 
     returns  a sentence where the reward model might be a coin, or None; and whether that is
              certain, because it is not above 0.5
