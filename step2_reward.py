@@ -80,11 +80,49 @@ def reward_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).sum()
 
 
+def one_row_a_pair(batch):
+    """
+    Batch of data.Collator(2) -> the same pairs with each prompt once, a third less to compute on
+    dialogues. A row is the prompt, the chosen answer, padding, then the prompt's last token again,
+    which predicts the first of the rejected answer, that answer, padding.
+
+    input_ids       (B, W) int64
+    attention_mask  (B, 1, W, W) bool, [query, key]: what stands before a token and belongs to its
+                    own dialogue, so that its values are those of a row by itself
+    answer          (B, W) 1.0 on the chosen answer's tokens, 2.0 on the rejected one's, else 0.0
+    """
+    chosen, rejected = batch["input_ids"].chunk(2)
+    chosen_mask, rejected_mask = batch["loss_mask"].chunk(2)
+    chosen_real, rejected_real = batch["attention_mask"].chunk(2)
+    # (B, 1) column of the prompt's last token, or of the answer's first where the prompt is empty
+    last = (chosen_mask.argmax(1, keepdim=True) - 1).clamp(min=0)
+    C = int(chosen_real.sum(1).max())
+    R = int((rejected_real.sum(1, keepdim=True) - last).max())
+    columns = last + torch.arange(R, device=last.device)
+
+    def beside(chosen, rejected):
+        return torch.cat([chosen[:, :C], F.pad(rejected, (0, R)).gather(1, columns)], 1)
+
+    # The second part of a row does not see the first one's columns from the prompt's last token on.
+    query = torch.arange(C + R, device=last.device)[:, None]
+    key = query.T
+    others = (query >= C) & (key < C) & (key >= last[:, :, None])
+    real = beside(chosen_real, rejected_real).bool()
+    attention_mask = (key <= query) & ~others & real[:, None]
+    answer = beside(chosen_mask, 2 * rejected_mask)
+    answer[:, C] = 0  # like token 0: what stands before it in the row does not predict it
+    return beside(chosen, rejected), attention_mask[:, None], answer
+
+
 def pair_scores(model, batch):
     """
     A reward model's scores: batch of data.Collator(2), whose first half are the chosen answers ->
     scores of the chosen and of the rejected answers, each (B,).
     """
+    if getattr(model, "takes_any_mask", False):
+        input_ids, attention_mask, answer = one_row_a_pair(batch)
+        values = model(input_ids, attention_mask)
+        return last_token(values, answer == 1), last_token(values, answer == 2)
     values = model(batch["input_ids"], batch["attention_mask"])
     return last_token(values, batch["attention_mask"]).chunk(2)
 
@@ -94,14 +132,22 @@ def implicit_rewards(model, ref, batch, beta):
     DPO's scores: batch of data.Collator(2) -> beta log(pi / pi_ref) of the chosen and of the
     rejected answers, each (B,), in reward units.
     """
-    mask = batch["loss_mask"][:, 1:]  # nothing precedes token 0, so it cannot be predicted
-    inputs = (batch["input_ids"], batch["attention_mask"], mask)
+    shared = getattr(model, "takes_any_mask", False)
+    if shared:
+        input_ids, attention_mask, answer = one_row_a_pair(batch)
+    else:
+        input_ids, attention_mask, answer = (
+            batch["input_ids"], batch["attention_mask"], batch["loss_mask"])
+    answer = answer[:, 1:]  # nothing precedes token 0, so it cannot be predicted
+    inputs = (input_ids, attention_mask, answer)
     with torch.no_grad():
         ref_logprobs, _ = ref(*inputs)
     logprobs, _ = model(*inputs)
-    # Both are zero where the mask is zero.
-    log_ratios = (beta * (logprobs - ref_logprobs)).sum(1)
-    return log_ratios.chunk(2)
+    # Both are zero outside of the answers.
+    log_ratios = beta * (logprobs - ref_logprobs)
+    if shared:
+        return (log_ratios * (answer == 1)).sum(1), (log_ratios * (answer == 2)).sum(1)
+    return log_ratios.sum(1).chunk(2)
 
 
 def calibration_error(margins, bins=10):

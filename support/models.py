@@ -44,12 +44,14 @@ class LanguageModel(nn.Module):
         self.config = model.config
         self.vocabulary = vocabulary
         self.arguments = set(inspect.signature(model.forward).parameters)
+        self.takes_any_mask = takes_any_mask(model)
         # In the decoder's families logits are hidden @ weight.T + bias and nothing else.
         self.plain_head = model.config.model_type in FAMILIES
 
     def forward(self, input_ids, attention_mask, mask, temperature=1.0):
         """
-        input_ids, attention_mask  (B, T) int64, padded on either side or both
+        input_ids, attention_mask  (B, T) int64, padded on either side or both; where the model
+                                   takes_any_mask, also a mask (B, 1, T, T) bool of [query, key]
         mask                       (B, R), R < T: not zero on those of the last R tokens that are to
                                    be scored
         returns  logprobs  (B, R) float32, nats, of input_ids[:, -R:] given what precedes them, at
@@ -118,9 +120,13 @@ class RewardModel(nn.Module):
                                      "finite numbers, as step2_reward.py writes them.")
             self.std = max(self.std, 1e-6)
         self.trunk_arguments = set(inspect.signature(model.base_model.forward).parameters)
+        self.takes_any_mask = takes_any_mask(model)
 
     def forward(self, input_ids, attention_mask):
-        """(B, T), padded on either side or both -> values (B, T) float32, one a position."""
+        """
+        (B, T), padded on either side or both, or with a mask as LanguageModel's -> values (B, T)
+        float32, one a position.
+        """
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         if "position_ids" in self.trunk_arguments:
             inputs["position_ids"] = position_ids(attention_mask)
@@ -139,8 +145,24 @@ def vocabulary_size(tokenizer):
 
 
 def position_ids(attention_mask):
-    """(B, T) mask -> (B, T) positions of real tokens from 0, so left padding changes nothing."""
+    """
+    (B, T) or (B, 1, T, T) mask -> (B, T): how many tokens precede a real one, so left padding
+    changes nothing.
+    """
+    if attention_mask.ndim == 4:
+        return (attention_mask[:, 0].sum(-1) - 1).clamp(min=0)
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def takes_any_mask(model):
+    """
+    Whether a Hugging Face model computes with a mask (B, 1, T, T): of the families whose attention
+    is known, those in which it neither counts positions by itself (ALiBi) nor has windows.
+    """
+    config = model.config
+    return (config.model_type in FAMILIES and config._attn_implementation == "sdpa"
+            and not getattr(config, "sliding_window", None)
+            and "position_ids" in inspect.signature(model.base_model.forward).parameters)
 
 
 def last_token(values, attention_mask):

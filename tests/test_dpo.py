@@ -16,6 +16,7 @@ import step2_reward
 from data import Collator, MicroBatches
 from hybrid_engine import train_step
 from support.lora import WithoutAdapters, add_lora
+from models import SMALL, small_model
 from support.models import LanguageModel
 from step2_reward import implicit_rewards, reward_loss
 from test_losses import SPLITS, assert_same_step, make_engine, plain_step, row_nats, weights
@@ -52,6 +53,29 @@ def test_dpo_step_is_the_formulas(make_model, settings, family):
         score = lambda batch: reward_loss(*implicit_rewards(engine, LanguageModel(ref), batch, 0.3))
         loss, norm = train_step(engine, batches, score, 4)
         assert_same_step((weights(engine), loss, norm), expected)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_prompt_that_is_computed_once_gives_the_same(name):
+    """One prompt is empty. Families with ALiBi, windows or attention of their own go without."""
+    model, ref = small_model(name), small_model(name, seed=1)
+    for hf in (model, ref):
+        if hf.config.model_type not in ("bloom", "gpt_neo", "gptj", "codegen"):
+            hf.set_attn_implementation("sdpa")
+    policy = LanguageModel(model)
+    assert policy.takes_any_mask == (model.config._attn_implementation == "sdpa" and name not in ("mistral", "qwen2"))
+    batch = Collator(2, pad_token_id=2)([*items(), {**items()[0], "prompt_len": 0}])
+    found = torch.cat(implicit_rewards(policy, LanguageModel(ref), batch, 0.1))
+    found.sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    policy.takes_any_mask = False
+    expected = torch.cat(implicit_rewards(policy, LanguageModel(ref), batch, 0.1))
+    expected.sum().backward()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    for gradient, p in zip(gradients, model.parameters()):
+        if gradient is not None:
+            torch.testing.assert_close(gradient, p.grad, atol=1e-4, rtol=1e-4)
 
 
 def test_the_untouched_model_has_loss_log_2(make_model, settings):

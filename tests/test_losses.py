@@ -21,7 +21,7 @@ from support.processes import device
 from step1_sft import Config as SFTConfig
 from step1_sft import batch_loss, perplexity, sft_loss, trained_tokens
 from step2_reward import Config as RewardConfig
-from step2_reward import calibration_error, evaluate, pair_scores, reward_loss
+from step2_reward import calibration_error, evaluate, one_row_a_pair, pair_scores, reward_loss
 from step3_ppo import (DeepSpeedPPOTrainer, Experience, adapt_kl_coef, critic_loss, gae,
                        shape_rewards, whiten)
 from step3_ppo import ppo_actor_loss as actor_loss
@@ -108,16 +108,39 @@ def test_last_token_wherever_the_padding_is():
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad_id", [3, 2])  # 2 is EOS
 def test_scores_are_those_of_the_row_alone(make_model, family, side, pad_id):
-    """Under any padding and batch: what AutoModelForSequenceClassification says of the row by itself."""
+    """
+    Under any padding and batch: what AutoModelForSequenceClassification says of the row by itself. Each answer has a
+    row of its own.
+    """
     hf = make_model(family, "score")
+    model = RewardModel(hf)
+    model.takes_any_mask = False
     rows = [ids for ids, _ in ROWS]
     ids, mask = pad(rows, pad_id, side)
     batch = {"input_ids": torch.cat([ids, ids.flip(0)]), "attention_mask": torch.cat([mask, mask.flip(0)])}
     with torch.no_grad():
-        chosen, rejected = pair_scores(RewardModel(hf), batch)
+        chosen, rejected = pair_scores(model, batch)
         alone = torch.cat([hf(torch.tensor([row])).logits[0] for row in rows])
     torch.testing.assert_close(chosen, alone, atol=2e-6, rtol=0)
     torch.testing.assert_close(rejected, alone.flip(0), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_prompt_that_is_computed_once_gives_the_scores_of_the_row_alone(make_model, family):
+    """Answers of 1 to 9 tokens, the longer one chosen or rejected; the last two begin alike, and have no prompt."""
+    hf = make_model(family, "score")
+    prompts = [[5, 9, 7], [40], [6, 11, 12, 13, 14], []]
+    answers = [([20, 31, 2], [2]), ([2], [41, 42, 43, 44, 45, 46, 47, 48, 2]), ([8, 2], [8, 9]), ([50, 51, 2], [50, 2])]
+    array = lambda ids: torch.tensor(ids).int().numpy()
+    items = [{"chosen": array(prompt + better), "rejected": array(prompt + worse), "prompt_len": len(prompt)}
+             for prompt, (better, worse) in zip(prompts, answers)]
+    batch = Collator(2, pad_token_id=2)(items)
+    model = RewardModel(hf)
+    assert model.takes_any_mask and one_row_a_pair(batch)[0].shape[0] == 4
+    with torch.no_grad():
+        found = pair_scores(model, batch)
+        alone = [hf(torch.tensor([item[name]])).logits[0] for name in ("chosen", "rejected") for item in items]
+    torch.testing.assert_close(torch.cat(found), torch.cat(alone), atol=2e-6, rtol=0)
 
 
 def test_evaluation_of_pairs_by_hand():
