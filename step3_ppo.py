@@ -431,17 +431,20 @@ class Experience:
     returns: torch.Tensor | None  # (B, R) value targets, from the advantages before whitening
 
     def take(self, rows):
-        """-> Experience of the rows (a tensor of numbers), without columns that all of them pad."""
-        R = self.mask.size(1)
-        columns, responses = columns_in_use(self.attention_mask[rows], R)
+        """
+        -> Experience of the rows (a tensor of numbers), for a forward: flush right, so that it is
+        as wide as its longest row and not as its longest prompt and its longest answer together.
+        """
+        lengths = self.mask[rows].sum(1).long()
+        T = int(self.attention_mask[rows].sum(1).max())
+        R = int(lengths.max())
         taken = {}
         for name, value in vars(self).items():
             if value is not None:
                 value = value[rows]
-            if name in ("tokens", "attention_mask"):
-                value = value[:, columns]
-            elif value is not None and value.ndim == 2:
-                value = value[:, responses]
+                if value.ndim == 2:
+                    width = T if name in ("tokens", "attention_mask") else R
+                    value = moved_right(value, self.mask.size(1) - lengths)[:, -width:]
             taken[name] = value
         return Experience(**taken)
 
@@ -451,16 +454,11 @@ def by_length(attention_mask, size):
     return attention_mask.sum(1).argsort(stable=True).split(size)
 
 
-def columns_in_use(attention_mask, R):
-    """
-    (b, P + R), the last R columns responses -> two slices, of all columns and of the R: those that
-    are not padding in every row. Prompts are padded on the left, responses on the right.
-    """
-    used = attention_mask.any(0).nonzero()
-    first = int(used[0])
-    end = int(used[-1]) + 1
-    P = attention_mask.size(1) - R
-    return slice(first, end), slice(0, end - P)
+def moved_right(rows, columns):
+    """(B, T), each row moved by so many columns (B,); what falls out comes in on the other side."""
+    T = rows.size(1)
+    sources = torch.arange(T, device=rows.device) - columns[:, None]
+    return rows.gather(1, sources % T)
 
 
 class DeepSpeedPPOTrainer:
@@ -632,14 +630,18 @@ class DeepSpeedPPOTrainer:
         B, R = mask.shape
         whole = []
         for rows in by_length(attention_mask, self.args.per_device_train_batch_size):
-            columns, responses = columns_in_use(attention_mask[rows], R)
-            parts = forward(tokens[rows][:, columns], attention_mask[rows][:, columns],
-                            mask[rows][:, responses])
+            # Rows are flush right for the forward, as in Experience.take, and then moved back.
+            lengths = mask[rows].sum(1).long()
+            T = int(attention_mask[rows].sum(1).max())
+            longest = int(lengths.max())
+            flush = [moved_right(tensor[rows], R - lengths) for tensor in (
+                tokens, attention_mask, mask)]
+            parts = forward(flush[0][:, -T:], flush[1][:, -T:], flush[2][:, -longest:])
             if not whole:
                 whole = [part.new_zeros((B, R) if part.ndim == 2 else B) for part in parts]
             for tensor, part in zip(whole, parts):
                 if part.ndim == 2:
-                    tensor[rows, responses] = part
+                    tensor[rows, :longest] = moved_right(part, lengths - longest)
                 else:
                     tensor[rows] = part
         return whole
