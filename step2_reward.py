@@ -94,8 +94,10 @@ def one_row_a_pair(batch):
     chosen, rejected = batch["input_ids"].chunk(2)
     chosen_mask, rejected_mask = batch["loss_mask"].chunk(2)
     chosen_real, rejected_real = batch["attention_mask"].chunk(2)
-    # (B, 1) column of the prompt's last token, or of the answer's first where the prompt is empty
-    last = (chosen_mask.argmax(1, keepdim=True) - 1).clamp(min=0)
+    # (B, 1) column of the prompt's last token, or of the last one before the two rows differ. Where
+    # they have no token in common it is the first.
+    alike = (chosen == rejected).long().cumprod(1).sum(1, keepdim=True)
+    last = (torch.minimum(chosen_mask.argmax(1, keepdim=True), alike) - 1).clamp(min=0)
     C = int(chosen_real.sum(1).max())
     R = int((rejected_real.sum(1, keepdim=True) - last).max())
     columns = last + torch.arange(R, device=last.device)

@@ -18,7 +18,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 import step1_sft
 import step2_reward
 import step3_ppo
-from data import load_tokenizer
+from data import Collator, load_tokenizer
 from hybrid_engine import frozen_model, train_engine, train_step
 from support.flags import RunConfig
 from support.models import LanguageModel, RewardModel, load_model
@@ -66,8 +66,13 @@ def given(tokenizer):
                       rewards=noise(1.0), advantages=noise(1.0), returns=noise(1.0))
     loss_mask = torch.cat([torch.zeros(ROWS, P), mask], 1)
     sft = dict(input_ids=tokens, attention_mask=attention_mask, loss_mask=loss_mask)
-    other = tokens.roll(1, 0), attention_mask.roll(1, 0)
-    return sft, dict(chosen=(tokens, attention_mask), rejected=other), experience
+    pairs = []  # the rejected answer is the row before's
+    for row in range(ROWS):
+        prompt = tokens[row, P - prompts[row]:P]
+        answers = [tokens[number, P:P + lengths[number]] for number in (row, row - 1)]
+        chosen, rejected = [torch.cat([prompt, answer]).numpy() for answer in answers]
+        pairs.append({"chosen": chosen, "rejected": rejected, "prompt_len": len(prompt)})
+    return sft, pairs, experience
 
 
 def one_step(folder, stage, micro, checkpointing=False, offload=None):
@@ -106,8 +111,8 @@ def one_step(folder, stage, micro, checkpointing=False, offload=None):
 
     model = load_model(f"{folder}/reward", tokenizer, settings, 64, head="score")
     engine = train_engine(RewardModel(model), settings, config, RATE, 10)
-    batches = [{"input_ids": torch.cat([pairs["chosen"][0][part], pairs["rejected"][0][part]]),
-                "attention_mask": torch.cat([pairs["chosen"][1][part], pairs["rejected"][1][part]])} for part in parts]
+    collate = Collator(2, tokenizer.pad_token_id)
+    batches = [collate([pairs[row] for row in part.tolist()]) for part in parts]
     loss_sum = lambda batch: step2_reward.reward_loss(*step2_reward.pair_scores(engine, batch))
     keep("reward", engine, *train_step(engine, batches, loss_sum, ROWS))
 
