@@ -68,7 +68,7 @@ PANELS = {
             "Rises with the score. Where it falls while the score rises, the actor exploits the "
             "reward model.")),
         Panel("objective/kl", "KL to the SFT model", "nats a response", held="eval/kl", guide=0,
-              healthy=("Starts at exactly 0, rises and settles at a few nats. It is an estimate: "
+              healthy=("Starts at 0, rises and settles at a few nats. It is an estimate: "
                        "one step may lie below 0, the mean of many may not.")),
         Panel("objective/entropy", "Entropy", "nats a token", healthy=(
             "Falls as the actor becomes surer, and stays over 0. A plunge to nearly nothing means "
