@@ -31,8 +31,9 @@ Writes  output/reward: AutoModelForSequenceClassification with one label (--dpo:
         AutoModelForCausalLM); metrics.jsonl; numbers in output/summary.json
 
 Unlike DeepSpeed-Chat's step 2: no loss on the positions between the first difference and the end of
-the padding (there a longer answer changes the loss by its length alone), answers end with the
-tokenizer's EOS id, and the score is saved where Hugging Face looks for it.
+the padding (there a longer answer changes the loss by its length alone), a pair's prompt is
+computed once, answers end with the tokenizer's EOS id, and the score is saved where Hugging Face
+looks for it.
 """
 
 import time
