@@ -2,7 +2,7 @@
 All that only a GPU can show, one part after the other, into OUT/results.json while they run and
 OUT/table.md at the end. bench/gpu.sh starts it; both run on a CPU too, at toy sizes.
 
-    python bench/gpu.py OUT                        # all parts, 530 s at most
+    python bench/gpu.py OUT                        # all parts, 515 s at most
     python bench/gpu.py OUT --parts decode tiny    # some; rows of the others stay in OUT
     python bench/gpu.py OUT --seconds 900
 
@@ -18,7 +18,7 @@ tiny      `bash run_all.sh tiny 1gpu`: seconds, perplexity, accuracy, gold
 
 A part is a process of its own with a time limit. One that fails or runs out of time ends no other:
 its rows so far stay, the last lines of its error stand in results.json and in the table, and the
-exit code is 1. A limit is less than its number where the 530 s are nearly over.
+exit code is 1. A limit is less than its number where the 515 s are nearly over.
 """
 
 import argparse
@@ -247,7 +247,7 @@ class Part:
 PARTS = {
     "machine": Part(machine, 60),
     "tests": Part(tests, 150),
-    "decode": Part(decode, 120),
+    "decode": Part(decode, 140),
     "step 3": Part(ppo, 90, ("1.3b 350m",)),
     "kernels": Part(kernels, 90),
     "tiny": Part(tiny, 220),
@@ -302,7 +302,7 @@ def main(arguments=None):
     parser.add_argument("out", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
                         help="; ".join(PARTS))
-    parser.add_argument("--seconds", type=float, default=530, help="of all parts together")
+    parser.add_argument("--seconds", type=float, default=515, help="of all parts together")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # a part's own process
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -229,8 +230,10 @@ def machine():
         chip = cpuinfo.read_text().split("model name\t: ")[-1].split("\n")[0]
     else:
         chip = platform.processor() or platform.machine()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                            text=True).stdout
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
+                                capture_output=True, text=True).stdout
     return {"chip": chip, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "triton": getattr(triton, "__version__", None), "python": platform.python_version(),
             "dtype": str(DTYPE), "commit": commit.strip() or None}

@@ -14,8 +14,10 @@ CUDA too, beside what --dry_run holds against the card's size.
 """
 
 import argparse
+import gc
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -62,6 +64,9 @@ def measure(case, folder):
     models = Path(folder) / sizes.replace(" ", "-")
     if not models.exists():
         make_models(models, sizes)
+        gc.collect()
+        if gpu:
+            torch.cuda.empty_cache()
     args = Config(
         actor_model_name_or_path=f"{models}/actor", critic_model_name_or_path=f"{models}/reward",
         max_prompt_seq_len=tokens, max_answer_seq_len=tokens, output_dir=f"{folder}/output",
@@ -108,7 +113,6 @@ def main():
                         help="; ".join(CASES))
     cases = parser.parse_args().cases
     if len(cases) > 1:
-        import subprocess
         for case in cases:
             subprocess.run([sys.executable, __file__, case], check=True)
         return
