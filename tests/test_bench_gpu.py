@@ -37,7 +37,7 @@ def slow(note, work):
     note("child", child.pid)
     child.wait()
 
-gpu.PARTS = {{"bad": gpu.Part(bad, 60), "slow": gpu.Part(slow, 6), "good": gpu.Part(good, 60)}}
+gpu.PARTS = {{"bad": gpu.Part(bad, 60), "slow": gpu.Part(slow, 2), "good": gpu.Part(good, 60)}}
 sys.exit(gpu.main())
 """
 
