@@ -41,7 +41,8 @@ LLAMA_1B = dict(
                      "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 8192})
 GPU = dict(
-    models={"OPT-1.3B": lambda: opt_config("1.3b"), "Llama-3.2-1B": lambda: LlamaConfig(**LLAMA_1B)},
+    models={"OPT-1.3B": lambda: opt_config("1.3b"),
+            "Llama-3.2-1B": lambda: LlamaConfig(**LLAMA_1B)},
     dtype=torch.bfloat16, batches=(1, 8, 32, 128), prompt=336, few=16, many=80, repeats=3)
 TOY = dict(
     models={"toy OPT": lambda: OPTConfig.from_json_file(ROOT / "configs" / "tiny.json"),

@@ -7,8 +7,8 @@ OUT/table.md at the end. bench/gpu.sh starts it; both run on a CPU too, at toy s
     python bench/gpu.py OUT --seconds 900
 
 machine   what this is, and its limits: bytes/s of a large copy, FLOP/s of a large matmul
-tests     the tests marked `gpu`: kernels compiled, decoder equal to Hugging Face, a PPO update equal
-          to the CPU's in float32
+tests     the tests marked `gpu`: kernels compiled, decoder equal to Hugging Face, a PPO update
+          equal to the CPU's in float32
 decode    a decode step of two 1B shapes beside Hugging Face's and as a CUDA graph (bench/decode.py)
 step 3    pairs/s and seconds of a PPO step, OPT-1.3B with a 350M critic, 256 + 256 tokens, and the
           memory of each moment beside the plan (bench/step3.py)

@@ -5,7 +5,7 @@
 #
 #   bash bench/gpu.sh [WHEELS [OUT [flags of bench/gpu.py]]]
 #
-#   WHEELS   a folder of wheels that this Python lacks (DeepSpeed and what it needs, say); "" for none
+#   WHEELS   a folder of wheels that this Python lacks (say DeepSpeed and what it needs); "": none
 #   OUT      where results.json, table.md and log.txt go; default output/gpu
 #
 #   bash bench/gpu.sh "" output/gpu --parts decode kernels        # some parts; see bench/gpu.py
@@ -20,8 +20,10 @@ if [ -n "$wheels" ]; then
   site=$(mktemp -d)
   trap 'rm -rf "$site"' EXIT
   python3 -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-    --target "$site" "$wheels"/*.whl || { echo "bench/gpu.sh: error: $wheels/*.whl cannot be installed" >&2; exit 2; }
-  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PATH=$site/bin:$PATH  # bin: DeepSpeed's launcher
+    --target "$site" "$wheels"/*.whl ||
+    { echo "bench/gpu.sh: error: $wheels/*.whl cannot be installed" >&2; exit 2; }
+  export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+  export PATH=$site/bin:$PATH  # DeepSpeed's launcher
 fi
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 python3 bench/gpu.py "$out" "$@"
