@@ -1,6 +1,6 @@
 """
 All that only a GPU can show, one part after the other, into OUT/results.json while they run and
-OUT/table.md at the end. bench/gpu.sh starts it; both run on a CPU too, at toy sizes.
+OUT/table.md after each. bench/gpu.sh starts it; both run on a CPU too, at toy sizes.
 
     python bench/gpu.py OUT                        # all parts, 515 s at most
     python bench/gpu.py OUT --parts decode tiny    # some; rows of the others stay in OUT
@@ -324,7 +324,10 @@ def main(arguments=None):
     sentence = "" if gpu else NO_GPU
     if sentence:
         print(sentence, flush=True)
+    # A SIGTERM ends the part that is running too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     passed = True
+    text = ""
     with tempfile.TemporaryDirectory() as work:
         for name in args.parts:
             limit = min(slower * PARTS[name].seconds, end - time.time())
@@ -332,10 +335,10 @@ def main(arguments=None):
                 results.part(name, status="not begun", seconds=0, rows=[],
                              error="no time was left")
                 passed = False
-                continue
-            passed &= run_part(name, limit, args.out, work, results)
-    text = f"{sentence}\n\n{table(results.read())}\n".lstrip()
-    (args.out / "table.md").write_text(text)
+            else:
+                passed &= run_part(name, limit, args.out, work, results)
+            text = f"{sentence}\n\n{table(results.read())}\n".lstrip()
+            (args.out / "table.md").write_text(text)
     print("\n" + text, flush=True)
     return 0 if passed else 1
 

@@ -68,9 +68,7 @@ def test_a_part_that_fails_ends_no_other(run, tmp_path):
         "share": 0.25, "extra": [1, 2]}
     # What a part had started is gone with it.
     [child] = parts["slow"]["rows"]
-    status = Path(f"/proc/{child['value']}/status")
-    time.sleep(0.5)
-    assert not status.exists() or "Z (zombie)" in status.read_text()
+    assert not is_running(child["value"])
 
     table = (tmp_path / "out/table.md").read_text()
     assert table in text + "\n"
@@ -83,6 +81,27 @@ def test_a_part_that_fails_ends_no_other(run, tmp_path):
     # Some parts again: the others' rows stay.
     code, text, again = run("--parts", "good")
     assert code == 0 and again["parts"]["bad"] == parts["bad"]
+
+
+def test_a_sigterm_ends_the_part_that_runs(tmp_path, run):
+    driver = tmp_path / "driver.py"
+    running = subprocess.Popen([sys.executable, driver, tmp_path / "out", "--parts", "slow",
+                                "--seconds", "60"])
+    results = tmp_path / "out/results.json"
+    for _ in range(600):
+        time.sleep(0.1)
+        if results.exists() and "child" in results.read_text():
+            break
+    running.terminate()
+    assert running.wait(20) == 143
+    [child] = json.loads(results.read_text())["parts"]["slow"]["rows"]
+    assert not is_running(child["value"])
+
+
+def is_running(pid):
+    time.sleep(0.5)
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "Z (zombie)" not in status.read_text()
 
 
 def test_no_part_begins_when_the_time_is_over(run):
