@@ -49,7 +49,8 @@ AS_PRINTED = {
     "python bench/frontier.py output/actor/evaluations.jsonl": ("gold", 0),
     "python bench/seeds.py runs/*": ("| mean", 0),
     # also held against the output that the README prints
-    "python data.py --data_path toy": ("Human: Hello! Tell me the opposite of cold.\n\nAssistant:[[hot.</s>]]", 0, SLOW),
+    "python data.py --data_path toy": (
+        "Human: Hello! Tell me the opposite of cold.\n\nAssistant:[[hot.</s>]]", 0, SLOW),
     "bash run_all.sh opt-13b 1node --dry_run": ("verdict   fits", 0, SLOW),
     "bash run_all.sh opt-13b 1node --zero_stage 2 --dry_run": (
         "verdict   does not fit: 86.5 GB at the moment 'generate', and a100-80 has 79.1 GB; what does: "
@@ -215,7 +216,8 @@ def place(tokenizer, tmp_path_factory):
                    for step in (0, 2)]
     summary = {"sft": {"seconds": 1.0, "perplexity": 1.3, "gold": 0.5}, "reward": {"seconds": 1.0, "accuracy": 0.9},
                "ppo": {"seconds": 1.0, "score": 0.1, "kl": 0.2, "gold": 0.5, "win_rate": 0.5},
-               "doctor": [], "seconds": 3.0, "model": "tiny", "hardware": "cpu", "seed": 1, "versions": {}, "config": {}}
+               "doctor": [], "seconds": 3.0, "model": "tiny", "hardware": "cpu", "seed": 1, "versions": {},
+               "config": {}}
     for number, run in enumerate(("output", "runs/1", "runs/2")):
         (place / run / "actor").mkdir(parents=True, exist_ok=True)
         for name, lines in (("metrics", metrics), ("evaluations", evaluations)):
