@@ -393,8 +393,8 @@ def test_flags_of_the_pages_exist():
     import chat
     import data
     ours = {f"--{field.name}" for config in (SFT, Reward, PPO, chat.Config, data.Config) for field in fields(config)}
-    others = {"--help", "--work", "--stage", "--times", "--steps", "--only", "--seeds", "--hacked", "--output", "--logdir",
-              "--master_addr", "--master_port", "--launcher"}
+    others = {"--help", "--work", "--stage", "--times", "--steps", "--only", "--seeds", "--hacked", "--output",
+              "--logdir", "--master_addr", "--master_port", "--launcher"}
     for page in READMES:
         text = page.read_text()
         if page.parent.name == "support":
