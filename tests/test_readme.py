@@ -126,6 +126,7 @@ NOT_HERE = {
     'bash tests/run.sh -m "not slow"': TESTS,
     "python -m pytest tests/test_losses.py": TESTS,
     "python -m pytest tests -m gpu": "needs a CUDA device",
+    "bash bench/gpu.sh": "needs a CUDA device",
     "OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 python bench/beside_trl.py": "needs TRL, and 15 minutes",
     "OMP_NUM_THREADS=1 python bench/padding.py TOKENIZER FILE...": "takes 10 minutes",
     "OMP_NUM_THREADS=1 python bench/rows.py": "takes 30 minutes",
