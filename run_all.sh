@@ -98,7 +98,8 @@ case $model in
     ppo+=" --per_device_generation_batch_size 64 --per_device_train_batch_size $rows --gradient_accumulation_steps $((32 / rows))" ;;
   opt-6.7b | opt-13b | opt-30b | opt-66b | opt-175b | llama-2-7b | llama-2-13b | llama-2-70b)
     case $model in opt-*) base=facebook/$model ;; *) base=meta-llama/Llama-${model#llama-}-hf critic=$out/sft ;; esac
-    # What fits on cards of 80 GB, by --dry_run: README has the table. Rollouts of 1,024 prompts on 64 GPUs, as there.
+    # What fits on cards of 80 GB, by --dry_run: configs/README.md has the table. Rollouts of 1,024
+    # prompts on 64 GPUs, as in DeepSpeed-Chat's recipes.
     rollout=32 share= tp=1 adapters=
     case $hardware/$model in
       multinode/opt-175b)                              adapters=1 tp=8 rollout=4 ;;

@@ -1,6 +1,7 @@
 """
-What every recipe of run_all.sh needs, by its own --dry_run, as README's table: the highest peak of
-the three stages on a device and on a host, the settings that make it fit, or what would.
+What every recipe of run_all.sh needs, by its own --dry_run, as the table of configs/README.md: the
+highest peak of the three stages on a device and on a host, the settings that make it fit, or what
+would.
 
     python bench/recipes.py
 

@@ -3,6 +3,7 @@ What a run needs that is not RLHF. Skip it on a first reading, and come back for
 
 ground floor, which data.py and hybrid_engine.py stand on
     flags             the flags that all stages share, their ranges, UsageError
+    other_names       what other programs call them
     terminal          the live line
     processes         start and end of a run, DeepSpeed's settings, collectives
     lora, models      adapters; Hugging Face folders in and out
@@ -23,4 +24,5 @@ upper floor, which stands on data.py and hybrid_engine.py
     plan              memory at each moment of a stage, and its FLOP, from shapes
     dry_run           --dry_run: does it fit, what does, hours and dollars
     run_all, table    what run_all.sh needs Python for: checks and plans, the table of results
+    serve             chat.py --serve: OpenAI's protocol, and the page chat.html
 """

@@ -1,6 +1,7 @@
 """
 What TRL (T), Hugging Face's Trainer (H), DeepSpeed-Chat (D) and OpenRLHF (O) call our flags, and
-what stands in place of theirs: for the error that an unknown flag gets.
+what stands in place of theirs: for the error that an unknown flag gets. support/README.md has the
+common ones side by side.
 """
 
 OTHER_NAMES = {
@@ -65,6 +66,7 @@ OTHER_NAMES = {
     "--ptx_coef": "--unsup_coef",                                            # O
     "--deepspeed": "--deepspeed_config",                                     # H, D
     "--sft_only_data_path": "--sft_data_path",                               # D
+    "--unsupervised_dataset_name": "--unsupervised_data_path",               # D
     "--actor_lora_dim": "--lora_dim",                                        # D
     "--actor_zero_stage": "--zero_stage, for actor and critic alike",        # D
     "--critic_zero_stage": "--zero_stage, for actor and critic alike",       # D
@@ -95,4 +97,48 @@ OTHER_NAMES = {
     "--evaluation_strategy": "--eval_steps",                                 # H
     "--enable_hybrid_engine": "nothing: it is always on",                    # D
     "--print_answers": "nothing: answers are printed, and kept in samples.jsonl",  # D
+    # OpenRLHF's dotted names
+    "--actor.model_name_or_path": "--model_name_or_path, or --actor_model_name_or_path",
+    "--reward.model_name_or_path": "--critic_model_name_or_path",
+    "--critic.model_name_or_path": "--critic_model_name_or_path",
+    "--reward.remote_url": "--reward_fn file.py:function",
+    "--data.prompt_dataset": "--data_path",
+    "--data.dataset": "--data_path",
+    "--data.input_key": "--columns prompt=...",
+    "--data.max_len": "--max_seq_len",
+    "--data.apply_chat_template": "nothing: the chat template is always applied",
+    "--rollout.max_new_tokens": "--max_answer_seq_len",
+    "--rollout.batch_size": "--per_device_generation_batch_size",
+    "--rollout.n_samples_per_prompt": "--num_generations",
+    "--rollout.temperature": "--temperature",
+    "--rollout.top_p": "--top_p",
+    "--train.micro_batch_size": "--per_device_train_batch_size",
+    "--train.batch_size": "--per_device_train_batch_size",
+    "--train.max_epochs": "--num_train_epochs",
+    "--train.enable_ema": "--enable_ema",
+    "--train.seed": "--seed",
+    "--algo.kl.init_coef": "--kl_coef",
+    "--algo.kl.target": "--kl_target",
+    "--algo.advantage.estimator": "--advantage",
+    "--algo.advantage.lambd": "--lam",
+    "--algo.advantage.gamma": "--gamma",
+    "--actor.eps_clip": "--cliprange",
+    "--critic.value_clip": "--cliprange_value",
+    "--actor.adam.lr": "--actor_learning_rate; in steps 1 and 2 --learning_rate",
+    "--critic.adam.lr": "--critic_learning_rate",
+    "--actor.lr_warmup_ratio": "--num_warmup_steps",
+    "--actor.gradient_checkpointing_enable": "--gradient_checkpointing",
+    "--ds.lora.rank": "--lora_dim",
+    "--ds.lora.alpha": "--lora_alpha",
+    "--ds.zero_stage": "--zero_stage",
+    "--ds.adam_offload": "--deepspeed_config with offload_optimizer in its JSON",
+    "--ds.param_dtype": "--deepspeed_config with bf16 in its JSON (configs/1gpu.json has it)",
+    "--ds.packing_samples": "nothing: rows are padded to the longest of their batch",
+    "--ds.attn_implementation": "nothing: PyTorch's scaled dot product attention is used",
+    "--ckpt.output_dir": "--output_dir",
+    "--ckpt.save_steps": "--save_steps",
+    "--ckpt.load_enable": "--resume",
+    "--logger.wandb.key": "--deepspeed_config with wandb in its JSON",
+    "--logger.logging_steps": "--logging_steps",
+    "--vllm.num_engines": "nothing: the trained weights generate by themselves",
 }
