@@ -81,6 +81,13 @@ def per_answer(values, mask):
     return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter(mask, values).sum(1)
 
 
+def move(actor, ref, share):
+    """Sets the actor's weights to that share of the way from the reference's to its own."""
+    with torch.no_grad():
+        for parameter, start in zip(actor.parameters(), ref.parameters()):
+            parameter.copy_(start + share * (parameter - start))
+
+
 # -----------------------------------------------------------------------------
 # 1. as numbers
 
@@ -150,8 +157,7 @@ def token_gradients(actor, ref, answers, vocabulary):
         coefficients = {("k1", "loss"): torch.ones_like(pi), ("k2", "loss"): log_ratio,
                         ("k3", "loss"): 1 - (-log_ratio).exp(),
                         ("k1", "reward"): k["k1"], ("k2", "reward"): k["k2"],
-                        ("k3", "reward"): k["k3"],
-                        ("k1 less its mean", "reward"): k["k1"] - kl}
+                        ("k3", "reward"): k["k3"]}
         # the squared length of grad log pi(v) in the logits, e_v - pi
         score_square = 1 - 2 * pi + pi.square().sum(1, keepdim=True)
         for name, c in coefficients.items():
@@ -283,7 +289,7 @@ def plot(values, gradients, folders, file):
         from matplotlib.figure import Figure
     except ImportError:
         sys.exit("kl_estimators.py: error: --plot needs matplotlib; pip install matplotlib")
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    figure = Figure(figsize=(15, 5.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
 
     names = ("k1", "k2", "k3")
@@ -291,14 +297,13 @@ def plot(values, gradients, folders, file):
     for number, (name, table) in enumerate(values.items()):
         at = [i + number * width for i in range(len(names))]
         exact = table["exact"]["mean"]
-        left.bar(at, [table[k]["expectation"] / exact for k in names], width * 0.9,
-                 yerr=[table[k]["token_std"] / exact for k in names], capsize=3,
-                 label=f"{name}: {exact:.2f} nats")
-    left.axhline(1, color="black", linewidth=0.8)
+        left.bar(at, [table[k]["token_std"] for k in names], width * 0.9,
+                 label=f"{name}, KL {exact:.2g} nats an answer")
+    left.set_yscale("log")
     left.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], names)
-    left.set_ylabel("expectation / exact KL (bar: one token's std)")
-    left.set_title("As numbers", loc="left", fontsize=11)
-    left.legend(frameon=False, fontsize=8.5)
+    left.set_ylabel("std of one token's estimate, nats")
+    left.set_title("As numbers: noise", loc="left", fontsize=11)
+    left.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, -0.36))
 
     rows = list(next(iter(gradients.values())))
     for number, (name, table) in enumerate(gradients.items()):
@@ -310,7 +315,7 @@ def plot(values, gradients, folders, file):
     middle.invert_yaxis()
     middle.set_xlabel("expected gradient along the exact one (1: right)")
     middle.set_title("As gradients", loc="left", fontsize=11)
-    middle.legend(frameon=False, fontsize=8.5)
+    middle.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, -0.44))
 
     gold_axis = right.twinx()
     for folder, style in zip(folders or [], ("-", "--", ":")):
@@ -326,7 +331,8 @@ def plot(values, gradients, folders, file):
     gold_axis.set_ylim(0, 1)
     right.set_title("With the KL reward's sign turned round", loc="left", fontsize=11)
     handles = right.get_lines() + gold_axis.get_lines()
-    right.legend(handles, [line.get_label() for line in handles], frameon=False, fontsize=8.5)
+    right.legend(handles, [line.get_label() for line in handles], frameon=False, fontsize=8.5,
+                 ncols=2, loc="lower left", bbox_to_anchor=(0, -0.36))
     figure.savefig(file, dpi=110)
 
 
@@ -335,6 +341,9 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sft", help="folder of the reference")
     parser.add_argument("actors", nargs="+", help="folders of policies")
+    parser.add_argument("--between", type=float, metavar="SHARE",
+                        help="also a policy whose weights are that share of the way from the "
+                             "reference's to the first actor's: one that is near")
     parser.add_argument("--prompts", type=int, default=128, help="held-out questions")
     parser.add_argument("--answers", type=int, default=8, help="to each question")
     parser.add_argument("--runs", nargs="*", help="output folders of step 3 with --eval_steps")
@@ -349,9 +358,15 @@ def main():
     ref = AutoModelForCausalLM.from_pretrained(options.sft).double().eval()
     values = {}
     gradients = {}
-    for folder in options.actors:
+    policies = [(folder, 1.0) for folder in options.actors]
+    if options.between:
+        policies.insert(0, (options.actors[0], options.between))
+    for folder, share in policies:
         name = "/".join(Path(folder).parts[-2:])
         actor = AutoModelForCausalLM.from_pretrained(folder).eval()
+        if share != 1:
+            name = f"{share:g} of the way to {name}"
+            move(actor, ref, share)
         answers = sample_answers(actor, tokenizer, folder, options.prompts, options.answers)
         actor = actor.double()
         values[name] = values_of(actor, ref, answers, vocabulary)
