@@ -8,11 +8,14 @@ import subprocess
 import sys
 from xml.etree import ElementTree
 
+import pytest
+
 from conftest import ROOT, clean_environment
 
 FOLDER = ROOT / "tests/exercises"
 
 
+@pytest.mark.slow
 def test_each_says_what_is_to_be_done(tmp_path):
     """In a process of its own, whose session must not end this one's process group."""
     report = tmp_path / "report.xml"
