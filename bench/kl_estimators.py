@@ -289,7 +289,7 @@ def plot(values, gradients, folders, file):
         from matplotlib.figure import Figure
     except ImportError:
         sys.exit("kl_estimators.py: error: --plot needs matplotlib; pip install matplotlib")
-    figure = Figure(figsize=(15, 5.4), layout="constrained")
+    figure = Figure(figsize=(15, 4.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
 
     names = ("k1", "k2", "k3")
@@ -303,19 +303,19 @@ def plot(values, gradients, folders, file):
     left.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], names)
     left.set_ylabel("std of one token's estimate, nats")
     left.set_title("As numbers: noise", loc="left", fontsize=11)
-    left.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, -0.36))
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3,
+                  loc="outside lower left")
 
     rows = list(next(iter(gradients.values())))
-    for number, (name, table) in enumerate(gradients.items()):
+    for number, table in enumerate(gradients.values()):
         along = [(table[row][0] or 0) * table[row][1] for row in rows]
-        middle.barh([i + number * width for i in range(len(rows))], along, width * 0.9, label=name)
+        middle.barh([i + number * width for i in range(len(rows))], along, width * 0.9)
     middle.axvline(1, color="black", linewidth=0.8)
     middle.set_yticks([i + 0.4 - width / 2 for i in range(len(rows))],
                       [f"{k}, in the {place}" for k, place in rows])
     middle.invert_yaxis()
     middle.set_xlabel("expected gradient along the exact one (1: right)")
     middle.set_title("As gradients", loc="left", fontsize=11)
-    middle.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, -0.44))
 
     gold_axis = right.twinx()
     for folder, style in zip(folders or [], ("-", "--", ":")):
@@ -332,7 +332,7 @@ def plot(values, gradients, folders, file):
     right.set_title("With the KL reward's sign turned round", loc="left", fontsize=11)
     handles = right.get_lines() + gold_axis.get_lines()
     right.legend(handles, [line.get_label() for line in handles], frameon=False, fontsize=8.5,
-                 ncols=2, loc="lower left", bbox_to_anchor=(0, -0.36))
+                 loc="center left", bbox_to_anchor=(0, 0.35))
     figure.savefig(file, dpi=110)
 
 

@@ -100,6 +100,17 @@ def test_in_the_loss(seed):
     assert (loss[k3] - exact).norm() > 0.05 * exact.norm()
 
 
+def test_in_the_loss_behind_the_ratio():
+    """With pi / pi_old before it, differentiated too, every unbiased estimator has the KL's gradient, also off-policy."""
+    logits, log_ref = distributions()
+    log_pi, (_, log_old) = logits.log_softmax(0), distributions(seed=5)
+    drawn = log_old.exp()  # tokens of an older policy
+    exact = gradient(kl(log_pi, log_ref), logits)
+    for k in (k1, k3):
+        loss = (drawn * (log_pi - log_old).exp() * k(log_pi, log_ref)).sum()
+        torch.testing.assert_close(gradient(loss, logits), exact)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_in_the_reward(seed):
     """A reward has no gradient of its own, and weighs grad log pi: k1 is right there, and k2 and k3 are not."""
