@@ -26,15 +26,19 @@ def said(distinct):
 
 
 def test_the_metric(folders, process_group):
-    """The share of different answers in a rollout, by their tokens up to EOS."""
-    trainer = real_trainer(folders, num_generations=3)
-    trainer.models.eos_token_ids = list(range(4, 700))  # nearly every token ends an answer: some are the same
-    x = trainer.generate_experience(ragged_prompts(trainer))
+    """The share of different answers among the first ones to each prompt, by their tokens up to EOS."""
+    trainer = real_trainer(folders, num_generations=3, temperature=1e-3)
+    trainer.models.eos_token_ids = list(range(0, 700, 3))
+    prompts = ragged_prompts(trainer)
+    for name in ("input_ids", "attention_mask"):
+        prompts[name] = prompts[name][[0, 0, 1, 2]]  # one prompt twice, and its answers are the same
+    x = trainer.generate_experience(prompts)
     if "response/distinct" not in trainer.metrics:
         not_yet("step3_ppo's metrics have no response/distinct")
     R = x.mask.size(1)
-    answers = [tuple(ids[real].tolist()) for ids, real in zip(x.tokens[:, -R:], x.mask.bool())]
-    assert trainer.metrics["response/distinct"] == pytest.approx(len(set(answers)) / len(answers))
+    answers = [tuple(ids[real].tolist()) for ids, real in zip(x.tokens[::3, -R:], x.mask[::3].bool())]
+    assert len(set(answers)) == 3
+    assert trainer.metrics["response/distinct"] == pytest.approx(3 / 4)
 
 
 def test_the_doctor_speaks_when_the_answers_become_the_same():
