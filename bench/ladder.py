@@ -9,7 +9,7 @@ A variant is a row of VARIANTS: flags of step3_ppo.py, and where there is no fla
 that replaces one of its functions. Each run is a process of its own, one after another, and what is
 finished in WORK is not run again. `--only NAME ...` runs some, `--seeds 1 2 3` repeats each with
 other noise in the sampling of rollouts (models, prompts and held-out questions stay the same). The
-tables are printed. The picture needs matplotlib.
+tables of all finished runs in WORK are printed. The picture needs matplotlib.
 """
 
 import argparse
@@ -107,7 +107,7 @@ VARIANTS = {
                          no_whitening),
     "baseline": Variant("2 + baseline", f"--advantage reinforce {ONE_UPDATE} {NO_CLIP} --kl_coef 0"),
     "epochs": Variant("3 + epochs and clip", f"--advantage reinforce {FOUR_UPDATES} --kl_coef 0"),
-    "critic": Variant("4 + critic", f"--advantage gae {FOUR_UPDATES} --kl_coef 0"),
+    "critic": Variant("4 + critic (no KL)", f"--advantage gae {FOUR_UPDATES} --kl_coef 0"),
     "ppo": Variant("5 + KL: PPO", PPO),
     # one part left out of the whole
     "no_epochs": Variant("one update a rollout", f"{PPO} {ONE_UPDATE}"),
@@ -188,7 +188,7 @@ def weak_reward_model(run, work):
 
 
 def run_variant(name, seed, run, work, steps):
-    """-> (evaluations, results, CPU seconds) of one run, made if it is not there yet."""
+    """Makes one run, if it is not there yet."""
     variant = VARIANTS[name]
     folder = work / f"{name}-{seed}"
     spent = folder / "cpu_seconds.json"
@@ -200,9 +200,16 @@ def run_variant(name, seed, run, work, steps):
                          str(reward), "--output_dir", str(folder), "--overwrite_output_dir"],
                         work / f"{name}-{seed}.log")
         spent.write_text(json.dumps(seconds))
-    lines = (folder / "actor/evaluations.jsonl").read_text().splitlines()
-    evaluations = [json.loads(line) for line in lines]
-    return evaluations, evaluations[-1], json.loads(spent.read_text())
+        print(f"{name} {seed}: {seconds:.0f} CPU s", file=sys.stderr, flush=True)
+
+
+def finished_runs(name, work):
+    """-> [(evaluations, CPU seconds)] of a variant's finished runs; an evaluation is a dict."""
+    found = []
+    for spent in sorted(work.glob(f"{name}-[0-9]*/cpu_seconds.json")):
+        lines = (spent.parent / "actor/evaluations.jsonl").read_text().splitlines()
+        found.append(([json.loads(line) for line in lines], json.loads(spent.read_text())))
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -218,10 +225,10 @@ def table(names, runs):
     print("| | flags | runs | gold | score | KL, nats | CPU s |")
     print("|---|---|---:|---:|---:|---:|---:|")
     for name in names:
-        if name not in runs:
+        if not runs[name]:
             continue
-        results = [result for _, result, _ in runs[name]]
-        seconds = [spent for _, _, spent in runs[name]]
+        results = [evaluations[-1] for evaluations, _ in runs[name]]
+        seconds = [spent for _, spent in runs[name]]
         numbers = [cell([result[f"eval/{key}"] for result in results])
                    for key in ("gold", "score", "kl")]
         flags = f"`{VARIANTS[name].flags}`"
@@ -232,12 +239,25 @@ def table(names, runs):
     print()
 
 
+def on_the_way(names, runs):
+    """Gold at each evaluation, means of a variant's runs."""
+    names = [name for name in names if runs[name]]
+    steps = [line["step"] for line in runs[names[0]][0][0]] if names else []
+    print("| gold at step | " + " | ".join(str(step) for step in steps) + " |")
+    print("|---|" + "---:|" * len(steps))
+    for name in names:
+        gold = zip(*([line["eval/gold"] for line in evaluations] for evaluations, _ in runs[name]))
+        cells = [f"{statistics.mean(values):.3f}" for values in gold]
+        print(f"| {VARIANTS[name].label} | " + " | ".join(cells) + " |")
+    print()
+
+
 def draw(axes, title, names, runs):
     """Gold over the steps: the mean of a variant's runs, and between its lowest and highest."""
     styles = ["-", "--", "-.", ":"]
-    for number, name in enumerate(name for name in names if name in runs):
+    for number, name in enumerate(name for name in names if runs[name]):
         steps = [line["step"] for line in runs[name][0][0]]
-        gold = [[line["eval/gold"] for line in lines] for lines, _, _ in runs[name]]
+        gold = [[line["eval/gold"] for line in lines] for lines, _ in runs[name]]
         at_step = list(zip(*gold))
         mean = [statistics.mean(values) for values in at_step]
         line, = axes.plot(steps, mean, styles[number % 4], linewidth=1.8,
@@ -284,15 +304,13 @@ def main():
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
 
-    runs = {name: [] for name in options.only}
     for seed in options.seeds:
         for name in options.only:
-            found = run_variant(name, seed, options.run, options.work, options.steps)
-            runs[name].append(found)
-            print(f"{name} {seed}: gold {found[1]['eval/gold']:.3f}, {found[2]:.0f} CPU s",
-                  file=sys.stderr, flush=True)
+            run_variant(name, seed, options.run, options.work, options.steps)
+    runs = {name: finished_runs(name, options.work) for name in VARIANTS}
     for names in (LADDER, LEFT_OUT, HARDER, ["ppo", "drift"]):
         table(names, runs)
+        on_the_way(names, runs)
     if options.plot:
         plot(runs, options.plot)
 
