@@ -120,12 +120,6 @@ VARIANTS = {
     "higher": Variant("REINFORCE, scores 2 higher",
                       f"--advantage reinforce {ONE_UPDATE} {NO_CLIP} --kl_coef 0",
                       scores_two_higher_no_whitening),
-    "higher_baseline": Variant("+ baseline, scores 2 higher",
-                               f"--advantage reinforce {ONE_UPDATE} {NO_CLIP} --kl_coef 0",
-                               scores_two_higher),
-    "fast": Variant("PPO, rates 1e-3", f"{PPO} --actor_learning_rate 1e-3 --critic_learning_rate 1e-3"),
-    "fast_no_clip": Variant("no clip, rates 1e-3", f"{PPO} {NO_CLIP} --actor_learning_rate 1e-3 "
-                                                   "--critic_learning_rate 1e-3"),
     "weak": Variant("weak reward model, PPO", PPO, weak_reward=True),
     "weak_no_kl": Variant("weak reward model, no KL", f"{PPO} --kl_coef 0", weak_reward=True),
     # for bench/results/kl_estimators.md
@@ -133,7 +127,7 @@ VARIANTS = {
 }
 LADDER = ["reinforce", "baseline", "epochs", "critic", "ppo"]
 LEFT_OUT = ["ppo", "no_epochs", "no_clip", "no_critic", "critic", "no_whitening", "dropout", "no_eos"]
-HARDER = ["higher", "higher_baseline", "fast", "fast_no_clip", "weak", "weak_no_kl"]
+HARDER = ["reinforce", "higher", "weak", "weak_no_kl"]
 
 
 # -----------------------------------------------------------------------------

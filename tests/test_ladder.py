@@ -66,3 +66,14 @@ def test_what_is_not_trained(ladder, restored):
     config = OPTConfig(dropout=0.0)
     support.models.disable_dropout(config)
     assert config.dropout == 0.1
+
+
+def test_a_baseline_makes_the_height_of_the_scores_nothing(ladder, restored, settings):
+    """Why there is no run of rung 2 with higher scores: its advantages would be the same."""
+    def advantages():
+        rewards = step3_ppo.shape_rewards(SCORES, LOGPROBS, REF, MASK, 0.1)
+        return step3_ppo.whiten(step3_ppo.reinforce(rewards, MASK, 1.0), MASK)
+
+    plain = advantages()
+    ladder.scores_two_higher()
+    torch.testing.assert_close(advantages(), plain)
