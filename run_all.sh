@@ -3,9 +3,9 @@
 #
 #   bash run_all.sh MODEL HARDWARE [flags for all three stages]
 #
-#   MODEL      tiny (a 1M-parameter OPT, trained from nothing on the built-in task) | opt-125m | opt-350m | opt-1.3b | opt-2.7b |
-#              opt-6.7b | opt-13b | opt-30b | opt-66b | opt-175b | llama-2-7b | llama-2-13b | llama-2-70b | a model folder |
-#              a hub name
+#   MODEL      tiny (a 1M-parameter OPT, trained from nothing on the built-in task) | smollm2-135m (a chat model for a laptop, or
+#              a folder of that name) | opt-125m | opt-350m | opt-1.3b | opt-2.7b | opt-6.7b | opt-13b | opt-30b | opt-66b |
+#              opt-175b | llama-2-7b | llama-2-13b | llama-2-70b | a model folder | a hub name
 #   HARDWARE   cpu | 1gpu | 1node (all GPUs of this host) | multinode (the hosts of $HOSTFILE, default /job/hostfile; start
 #              it on the first of them; $LAUNCHER_ARGS goes to DeepSpeed's launcher: --master_port 29600, --launcher openmpi)
 #
@@ -81,6 +81,14 @@ case $model in
          --per_device_generation_batch_size 64 --per_device_train_batch_size 32"
     sft+=" --length_window 1" reward+=" --length_window 1"  # the toy's styles differ in length, and a step needs them all
     data+=" --max_answer_seq_len 40" ;;
+  smollm2-135m | */smollm2-135m)  # an hour on 2 cores in float32, whatever the data: short rows, few steps, PPO by adapters
+    base=$model critic=$out/sft
+    [ -d "$model" ] || base=HuggingFaceTB/SmolLM2-135M-Instruct
+    data+=" --max_seq_len 256 --max_prompt_seq_len 128 --max_answer_seq_len 64 --max_eval_samples 128"
+    sft="--learning_rate 2e-5 --per_device_train_batch_size 8 --max_steps 48"
+    reward="--learning_rate 3e-5 --per_device_train_batch_size 8 --max_steps 49"
+    ppo="--lora_dim 16 --only_optimize_lora --actor_learning_rate 2e-4 --critic_learning_rate 2e-4 --num_warmup_steps 2
+         --per_device_generation_batch_size 32 --per_device_train_batch_size 16 --max_steps 40" ;;
   opt-125m | opt-350m | opt-1.3b | opt-2.7b)
     base=facebook/$model
     rows=16
@@ -122,8 +130,8 @@ case $model in
     esac
     sft="--learning_rate 1e-5" reward="--learning_rate 1e-5" ppo="" ;;
   *)
-    [ -d "$model" ] || stop "MODEL '$model' is neither a preset, a folder nor a hub name (owner/name); presets: tiny, opt-125m, opt-350m," \
-      "opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, opt-175b, llama-2-7b, llama-2-13b, llama-2-70b"
+    [ -d "$model" ] || stop "MODEL '$model' is neither a preset, a folder nor a hub name (owner/name); presets: tiny, smollm2-135m," \
+      "opt-125m, opt-350m, opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, opt-30b, opt-66b, opt-175b, llama-2-7b, llama-2-13b, llama-2-70b"
     base=$model critic=$out/sft sft="" reward="" ppo="" ;;
 esac
 

@@ -106,9 +106,9 @@ def differences(records):
                                    check_invariants=False).coalesce()
 
 
-def baseline_accuracy(train, held, penalty):
+def fit_words(train, penalty):
     """
-    Held-out accuracy of logistic regression on the differences with an L2 penalty on the weights; no intercept, since
+    Logistic regression on the differences with an L2 penalty on the weights -> (BUCKETS, 1) weights; no intercept, since
     swapped answers must swap the verdict. Presence serves better than counts or their logarithms.
     """
     x, weights = differences(train), torch.zeros(BUCKETS, 1, requires_grad=True)
@@ -121,7 +121,12 @@ def baseline_accuracy(train, held, penalty):
         return nats
 
     optimizer.step(loss)
-    return accuracy(torch.sparse.mm(differences(held), weights.detach()))
+    return weights.detach()
+
+
+def baseline_accuracy(train, held, penalty):
+    """Held-out accuracy of fit_words."""
+    return accuracy(torch.sparse.mm(differences(held), fit_words(train, penalty)))
 
 
 # -----------------------------------------------------------------------------

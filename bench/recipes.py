@@ -5,7 +5,7 @@ the three stages on a device and on a host, the settings that make it fit, or wh
     python bench/recipes.py
 
 On cards of 80 GB: 1, 8, and 64 of them on 8 hosts. The plan is arithmetic, so this says nothing
-about the machine that it runs on. About 8 minutes for 52 plans, without a network.
+about the machine that it runs on. About 8 minutes for 56 plans, without a network.
 """
 
 import argparse
@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = ("tiny opt-125m opt-350m opt-1.3b opt-2.7b opt-6.7b opt-13b opt-30b opt-66b opt-175b "
-          "llama-2-7b llama-2-13b llama-2-70b").split()
+MODELS = ("tiny smollm2-135m opt-125m opt-350m opt-1.3b opt-2.7b opt-6.7b opt-13b opt-30b opt-66b "
+          "opt-175b llama-2-7b llama-2-13b llama-2-70b").split()
 HARDWARE = {"cpu": [], "1gpu": ["--device", "a100-80"], "1node": ["--device", "a100-80"],
             "multinode": ["--device", "a100-80"]}
 

@@ -26,10 +26,13 @@ OPT = {
     "2.7b": (2560, 32, 32), "6.7b": (4096, 32, 32), "13b": (5120, 40, 40),
     "30b": (7168, 48, 56), "66b": (9216, 64, 72), "175b": (12288, 96, 96)}
 
-# Width, MLP width, layers, heads, key-value heads of Llama 2 (its config.json on the hub).
-LLAMA_2 = {
-    "7b": (4096, 11008, 32, 32, 32), "13b": (5120, 13824, 40, 40, 40),
-    "70b": (8192, 28672, 80, 64, 8)}
+# Width, MLP width, layers, heads, key-value heads, vocabulary, whether head and embeddings are one
+# matrix: of Llamas, from their config.json on the hub.
+LLAMAS = {
+    "meta-llama/Llama-2-7b-hf": (4096, 11008, 32, 32, 32, 32000, False),
+    "meta-llama/Llama-2-13b-hf": (5120, 13824, 40, 40, 40, 32000, False),
+    "meta-llama/Llama-2-70b-hf": (8192, 28672, 80, 64, 8, 32000, False),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (576, 1536, 30, 9, 3, 49152, True)}
 
 # What each ZeRO stage leaves a device 1/N of (Rajbhandari et al. 2020, section 3 and figure 1).
 SHARDED = {
@@ -60,17 +63,16 @@ def empty_model(name_or_path, config, head="lm", trained=True):
 
 
 def known_config(name):
-    """The config of an OPT or a Llama 2 by its name on the hub, without asking there; or None."""
+    """The config of a recipe's model by its name on the hub, without asking there; or None."""
     size = name.removeprefix("facebook/").removeprefix("opt-")
     if size in OPT:
         return opt_config(size)
-    size = name.removeprefix("meta-llama/Llama-2-").removesuffix("-hf")
-    if size not in LLAMA_2:
+    if name not in LLAMAS:
         return None
-    E, inner, layers, H, KVH = LLAMA_2[size]
+    E, inner, layers, H, KVH, V, tied = LLAMAS[name]
     return transformers.LlamaConfig(
         hidden_size=E, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=H,
-        num_key_value_heads=KVH, vocab_size=32000)
+        num_key_value_heads=KVH, vocab_size=V, tie_word_embeddings=tied)
 
 
 def opt_config(size):
@@ -454,9 +456,15 @@ def memory_plan(models, ds_config, devices, work):
             continue
         activations = memory["activations"]
         buffers = memory["buffers"]
+        # A step that updates all weights of a model shares all of them out again, so that the next
+        # model is gathered alone. One of adapters leaves the frozen weights where they are.
+        live_here = live
+        if stage == 3 and trained_count(models[name]) == parameter_count(models[name]):
+            live_here = live_parameters(models[name], ds_config)
         # The first gradient comes when every activation is there. Without ZeRO the buffers wait
         # until the activations are gone.
-        peak = device + live + (activations + buffers if stage else max(activations, buffers))
+        peak = device + live_here
+        peak += activations + buffers if stage else max(activations, buffers)
         if stage < 3:
             peak += memory["gradients"]
         moments[f"train {name}"] = Need(peak, host, averages_of_first)
