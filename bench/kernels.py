@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -229,19 +230,38 @@ def machine():
         chip = cpuinfo.read_text().split("model name\t: ")[-1].split("\n")[0]
     else:
         chip = platform.processor() or platform.machine()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                            text=True).stdout
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
+                                capture_output=True, text=True).stdout
     return {"chip": chip, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "triton": getattr(triton, "__version__", None), "python": platform.python_version(),
             "dtype": str(DTYPE), "commit": commit.strip() or None}
 
 
+OPS = {name[len("bench_"):]: fn for name, fn in globals().items() if name.startswith("bench_")}
+
+
+def measure(ops, copy, matmul, budget=1.0):
+    """
+    One dict for each line of the table: op, definition_us, us, rate and of_limit.
+
+    copy, matmul  what `limits` returned
+    budget        seconds for each form, on a CPU
+    """
+    for op in ops:
+        for what, new, definition, moved, flop in OPS[op]():
+            ours, theirs = seconds(new, definition, budget=budget)
+            rate = f"{flop / ours / 1e12:.2f} TFLOP/s" if flop else f"{moved / ours / 1e9:.1f} GB/s"
+            share = flop / ours / matmul if flop else moved / ours / copy
+            yield dict(op=what, definition_us=theirs * 1e6, us=ours * 1e6, rate=rate,
+                       of_limit=share)
+
+
 def main():
-    ops = {name[len("bench_"):]: fn for name, fn in globals().items()
-           if name.startswith("bench_")}
-    unknown = set(sys.argv[1:]) - set(ops)
+    unknown = set(sys.argv[1:]) - set(OPS)
     if unknown:
-        sys.exit(f"unknown: {', '.join(sorted(unknown))}; the ops are {', '.join(ops)}")
+        sys.exit(f"unknown: {', '.join(sorted(unknown))}; the ops are {', '.join(OPS)}")
     torch.manual_seed(0)
     about = machine()
     copy, matmul = limits()
@@ -251,17 +271,13 @@ def main():
              "|---|---|---|---|---|---|"]
     print("\n".join(lines))
     rows = []
-    for op in sys.argv[1:] or ops:
-        for what, new, definition, moved, flop in ops[op]():
-            ours, theirs = seconds(new, definition)
-            rate = f"{flop / ours / 1e12:.2f} TFLOP/s" if flop else f"{moved / ours / 1e9:.1f} GB/s"
-            share = flop / ours / matmul if flop else moved / ours / copy
-            rows.append(dict(op=what.strip(), definition_us=theirs * 1e6, us=ours * 1e6, rate=rate,
-                             of_limit=share))
-            times = f"{theirs * 1e6:.1f} | {ours * 1e6:.1f} | {theirs / ours:.2f}"
-            lines.append(f"| {what} | {times} | {rate} | {share:.2f} |")
-            print(lines[-1], flush=True)
-    if "logprob" in (sys.argv[1:] or ops):
+    for row in measure(sys.argv[1:] or OPS, copy, matmul):
+        faster = row["definition_us"] / row["us"]
+        times = f"{row['definition_us']:.1f} | {row['us']:.1f} | {faster:.2f}"
+        lines.append(f"| {row['op']} | {times} | {row['rate']} | {row['of_limit']:.2f} |")
+        print(lines[-1], flush=True)
+        rows.append({**row, "op": row["op"].strip()})
+    if "logprob" in (sys.argv[1:] or OPS):
         print_peaks()
     if GPU:
         folder = ROOT / "bench" / "results"

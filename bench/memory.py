@@ -65,24 +65,46 @@ def resident(entry):
             return int(line.split()[1]) * 1024
 
 
-class Peaks:
-    """The peak of each moment; a moment within another is not counted to the outer one."""
+class HostMemory:
+    """What is resident beyond what was so at the beginning."""
 
     def __init__(self):
         self.baseline = resident("VmRSS")
+
+    def peak(self):
+        return resident("VmHWM") - self.baseline
+
+    def forget_peak(self):
+        """The peak counts from here."""
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class DeviceMemory:
+    """What tensors hold on the GPU, without what its allocator keeps for the next ones."""
+
+    def peak(self):
+        import torch
+        return torch.cuda.max_memory_allocated()
+
+    def forget_peak(self):
+        import torch
+        torch.cuda.reset_peak_memory_stats()
+
+
+class Peaks:
+    """The peak of each moment; a moment within another is not counted to the outer one."""
+
+    def __init__(self, memory):
+        self.memory = memory
         self.bytes = {}
         self.moments = ["other"]
-        self._reset()
-
-    def _reset(self):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        self.memory.forget_peak()
 
     def _note(self):
         moment = self.moments[-1]
-        peak = resident("VmHWM") - self.baseline
-        self.bytes[moment] = max(self.bytes.get(moment, 0), peak)
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self._reset()
+        self.bytes[moment] = max(self.bytes.get(moment, 0), self.memory.peak())
+        self.memory.forget_peak()
 
     def watch(self, owner, name, moment):
         """Calls of owner.name are that moment from now on."""
@@ -100,17 +122,14 @@ class Peaks:
         setattr(owner, name, watched)
 
 
-def child(stage, arguments):
-    """Runs a stage; the last line is {moment: bytes}."""
+def watch_moments(peaks, generate="generate"):
+    """generate: the moment that a rollout of the decoder belongs to."""
     import hybrid_engine
     import step1_sft
     import step3_ppo
     from support import checkpoints
-    from support.flags import parse_config
-    peaks = Peaks()
     trainer = step3_ppo.DeepSpeedPPOTrainer
     average = hybrid_engine.ExponentialMovingAverage
-    generate = "generate" if stage == "ppo" else "sample"
     for owner, name, moment in (
             (step3_ppo.DeepSpeedRLHFEngine, "__init__", "load"),
             (hybrid_engine.InferenceEngine, "generate", generate),
@@ -121,6 +140,15 @@ def child(stage, arguments):
             (checkpoints.Checkpoints, "_restore", "resume"),
             (step1_sft, "sample_answers", "sample")):
         peaks.watch(owner, name, moment)
+
+
+def child(stage, arguments):
+    """Runs a stage; the last line is {moment: bytes}."""
+    import step1_sft
+    import step3_ppo
+    from support.flags import parse_config
+    peaks = Peaks(HostMemory())
+    watch_moments(peaks, "generate" if stage == "ppo" else "sample")
     module = {"sft": step1_sft, "ppo": step3_ppo}[stage]
     module.main(parse_config(module.Config, "", arguments))
     print(json.dumps(peaks.bytes))
@@ -129,12 +157,15 @@ def child(stage, arguments):
 # -----------------------------------------------------------------------------
 # the runs of a case
 
-def make_inputs(folder, sizes, prompt_tokens):
-    """Actor and reward model in float16, as OPT's on the hub are; prompts of so many tokens."""
+def make_models(folder, sizes):
+    """Actor and reward model with random weights in float16, as OPT's on the hub are."""
+    import torch
     from transformers import OPTForCausalLM, OPTForSequenceClassification
 
-    from data import encode_prompts, load_tokenizer
-    from support.plan import opt_config
+    from data import load_tokenizer
+    from support.plan import OPT, opt_config
+    OPT["none"] = (12, 12, 12)  # a model of next to no weights
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer("tiny")
     sizes = sizes.split()
     for name, kind, size in (("actor", OPTForCausalLM, sizes[0]),
@@ -145,8 +176,17 @@ def make_inputs(folder, sizes, prompt_tokens):
         hf_config.num_labels = 1
         hf_config.pad_token_id = tokenizer.pad_token_id
         hf_config.eos_token_id = tokenizer.eos_token_id
-        kind(hf_config).half().save_pretrained(folder / name)
+        with torch.device(device):  # a billion random numbers take a CPU long
+            model = kind(hf_config)
+        model.half().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def make_inputs(folder, sizes, prompt_tokens):
+    """The models; prompts of so many tokens; the DeepSpeed JSON of each dtype."""
+    from data import encode_prompts, load_tokenizer
+    make_models(folder, sizes)
+    tokenizer = load_tokenizer("tiny")
 
     # Questions of many lengths, of which those with that many tokens are kept.
     rows = []
@@ -263,8 +303,6 @@ def main():
     import torch
     import transformers
 
-    from support.plan import OPT
-    OPT["none"] = (12, 12, 12)  # a model of next to no weights
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, deepspeed "
           f"{deepspeed.__version__}, transformers {transformers.__version__}")
     print("planned / measured MB; the process of rank 0, which writes, and the last")

@@ -180,7 +180,7 @@ if triton is not None:
             running_max = new_max
 
         # This split's part of the output, and the logsumexp by which it will be weighed.
-        running_sum = tl.maximum(running_sum, 1e-38)  # no columns: acc = 0 and lse = -inf
+        running_sum = tl.maximum(running_sum, 1e-30)  # no columns: acc = 0 and lse = -inf
         acc = acc / running_sum[:, None]
         part = (b * KVH * G + head) * SPLITS + split
         tl.store(part_ptr + part[:, None] * D + d[None, :], acc, mask=q_mask)
