@@ -127,6 +127,14 @@ NOT_HERE = {
     "python -m pytest tests/test_losses.py": TESTS,
     "python -m pytest tests -m gpu": "needs a CUDA device",
     "bash bench/gpu.sh": "needs a CUDA device",
+    "python bench/decode.py": "a part of bench/gpu.sh, which test_bench_gpu.py runs at toy size",
+    "python bench/step3.py": "a part of bench/gpu.sh, which test_bench_gpu.py runs at toy size",
+    "OMP_NUM_THREADS=1 python bench/ladder.py RUN --work WORK --plot bench/results/ladder.png":
+        "takes 21 CPU minutes and a finished run; test_ladder.py has its parts",
+    "OMP_NUM_THREADS=1 python bench/kl_estimators.py RUN/sft RUN/actor WORK/drift-1/actor":
+        "needs the ladder's models; test_kl_estimators.py has its parts",
+    "python bench/chat_model.py polite MODEL PAIRS TEXT --seeds 1234 --work runs":
+        "needs a model and data that are not here, and an hour; test_chat_model.py has its parts",
     "OMP_NUM_THREADS=2 GOMP_SPINCOUNT=1000 python bench/beside_trl.py": "needs TRL, and 15 minutes",
     "OMP_NUM_THREADS=1 python bench/padding.py TOKENIZER FILE...": "takes 10 minutes",
     "OMP_NUM_THREADS=1 python bench/rows.py": "takes 30 minutes",
@@ -394,7 +402,7 @@ def test_flags_of_the_pages_exist():
     import chat
     import data
     ours = {f"--{field.name}" for config in (SFT, Reward, PPO, chat.Config, data.Config) for field in fields(config)}
-    others = {"--help", "--work", "--stage", "--times", "--steps", "--only", "--seeds", "--hacked", "--output",
+    others = {"--help", "--work", "--stage", "--times", "--steps", "--only", "--seeds", "--plot", "--hacked", "--output",
               "--logdir", "--master_addr", "--master_port", "--launcher"}
     for page in READMES:
         text = page.read_text()
