@@ -5,6 +5,7 @@ The headline numbers of several runs side by side, as a Markdown table with mean
     python bench/seeds.py runs/*
 """
 
+import argparse
 import json
 import statistics
 import sys
@@ -37,4 +38,6 @@ def main(folders):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or sys.exit(__doc__))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="--output_dir of a run with all three stages done")
+    main(parser.parse_args().folders)
