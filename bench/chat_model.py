@@ -183,7 +183,7 @@ def measure(task, model, pairs, text, seed, out):
     [(label, mark)] = marks.items()
     wins = [(mark(new) > mark(old)) + 0.5 * (mark(new) == mark(old))
             for old, new in zip(answers["before PPO"], answers["after PPO"])]
-    found["after PPO"][f"win rate by {label}"] = statistics.mean(wins)
+    found["after PPO"][f"win rate in {label}"] = statistics.mean(wins)
 
     # Ordinary text, and our own questions, greedily.
     lines = []

@@ -111,7 +111,7 @@ NOT_HERE = {
     "bash run_all.sh opt-13b 1node --data_path Dahoas/rm-static my_pairs.jsonl --data_weights 1 2": GPUS,
     "HOSTFILE=hosts bash run_all.sh opt-66b multinode": GPUS,
     "deepspeed step1_sft.py --model_name_or_path facebook/opt-1.3b --data_path my_pairs.jsonl": GPUS,
-    "bash run_all.sh smollm2-135m cpu": HUB,
+    "bash run_all.sh smollm2-135m cpu --data_path PAIRS": HUB,
     "bash run_all.sh MODEL HARDWARE": "is a pattern",
     "bash run_all.sh tiny cpu --seed N": "is a pattern",
     "source .venv/bin/activate": "run_all.sh makes .venv only where Python lacks something",
