@@ -81,7 +81,7 @@ case $model in
          --per_device_generation_batch_size 64 --per_device_train_batch_size 32"
     sft+=" --length_window 1" reward+=" --length_window 1"  # the toy's styles differ in length, and a step needs them all
     data+=" --max_answer_seq_len 40" ;;
-  smollm2-135m | */smollm2-135m)  # an hour on 2 cores in float32, whatever the data: short rows, few steps, PPO by adapters
+  smollm2-135m | */smollm2-135m)  # planned: an hour on 2 cores in float32, whatever the data: short rows, few steps, PPO by adapters
     base=$model critic=$out/sft
     [ -d "$model" ] || base=HuggingFaceTB/SmolLM2-135M-Instruct
     data+=" --max_seq_len 256 --max_prompt_seq_len 128 --max_answer_seq_len 64 --max_eval_samples 128"

@@ -2,8 +2,8 @@
 A real chat model on a laptop's CPU: SmolLM2-135M-Instruct through all three stages, and what became better and worse.
 
     pip install pyphen
-    python bench/chat_model.py polite MODEL PAIRS TEXT --seeds 1234 --work runs        # an hour a seed on 2 cores
-    python bench/chat_model.py simple MODEL PAIRS TEXT --seeds 1234 --work runs        # half an hour
+    python bench/chat_model.py polite MODEL PAIRS TEXT --seeds 1234 --work runs        # an hour a seed on 2 cores, by plan
+    python bench/chat_model.py simple MODEL PAIRS TEXT --seeds 1234 --work runs
     python bench/chat_model.py simple-rloo MODEL PAIRS TEXT --seeds 1234 --work runs
     python bench/chat_model.py table                                                   # from the logs in bench/results
 
@@ -36,6 +36,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)  # not bench/: its kernels.py would stand before kernels/
 LOGS = ROOT / "bench" / "results" / "chat_model"
 TASKS = ("polite", "simple", "simple-rloo")
 SIMPLE_FLAGS = (
@@ -276,5 +277,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/: its kernels.py would stand before kernels/
     main()

@@ -36,6 +36,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # not bench/: its kernels.py would stand before kernels/
+from support.runs import write_json
+
 NO_GPU = "no GPU: toy sizes on the CPU, no number here is a GPU's"
 GB = 2**30
 
@@ -57,20 +59,15 @@ class Results:
     def __init__(self, folder):
         self.path = Path(folder) / "results.json"
         if not self.path.exists():
-            self._write({"parts": {}})
+            write_json(self.path, {"parts": {}})
 
     def read(self):
         return json.loads(self.path.read_text())
 
-    def _write(self, results):
-        new = self.path.with_suffix(".new")
-        new.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(new, self.path)
-
     def part(self, name, **changes):
         results = self.read()
         results["parts"].setdefault(name, {}).update(changes)
-        self._write(results)
+        write_json(self.path, results)
 
     def note(self, part, what, value, unit="", beside=None, of="", share=None, **more):
         """
@@ -83,7 +80,7 @@ class Results:
         results = self.read()
         results["parts"][part]["rows"].append(
             dict(what=what, value=value, unit=unit, beside=beside, of=of, share=share, **more))
-        self._write(results)
+        write_json(self.path, results)
 
 
 def number(x):
