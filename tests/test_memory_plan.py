@@ -359,3 +359,20 @@ def test_a_mixture_of_experts_is_refused(tmp_path):
         num_key_value_heads=2, vocab_size=99).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="mixtures of experts"):
         empty_model(str(tmp_path), RunConfig())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_with_zero_3_a_model_that_is_trained_whole_is_gathered_alone(adapters):
+    """
+    A frozen model beside the one that trains adds its share, 1/2 of its weights. Beside adapters it
+    also stays gathered, because their step moves no frozen weight.
+    """
+    config = RunConfig(lora_dim=8, only_optimize_lora=True) if adapters else RunConfig()
+    trained = empty_model("opt-125m", config)
+    frozen = empty_model("opt-350m", RunConfig(), trained=False)
+    work = Work(4, 128, 64, 8)
+    _, alone = memory_plan({"actor": trained}, settings(stage=3), 2, work)
+    _, beside = memory_plan({"actor": trained, "ref": frozen}, settings(stage=3), 2, work)
+    more = beside["train actor"].device - alone["train actor"].device
+    weights = 2 * sum(p.numel() for p in frozen.parameters())  # bf16
+    assert more == pytest.approx(weights / 2 + (weights if adapters else 0))
